@@ -1,0 +1,168 @@
+"""Token ids made once, batches padded only to their longest row, and rows of like length together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dynabert_fast.data.loading import Examples
+from dynabert_fast.errors import InputError
+
+# Texts handed to the tokenizer at a time: enough for its threads, little memory.
+_CHUNK = 1024
+
+# Batches among which rows are sorted by length: wide enough to leave next to no padding, narrow
+# enough that the company a row finds itself in stays random.
+_MEGABATCH = 50
+
+
+class EncodedDataset(Dataset[dict[str, Any]]):
+    """Tokenised examples, not padded; the tokenizer runs once, here.
+
+    An item is a dict of ``input_ids`` and ``attention_mask`` (lists of int, of the row's length),
+    ``token_type_ids`` (the same, if the tokenizer gives them) and ``labels`` (int, or float for
+    regression).
+
+    Attributes:
+        lengths: tokens of each example, special ones included.
+    """
+
+    def __init__(
+        self, examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int = 128
+    ) -> None:
+        """Tokenises.
+
+        Args:
+            examples: what to encode.
+            tokenizer: of the model that will read the ids.
+            max_length: longer examples are cut to this many tokens, a pair's longer text first.
+
+        Raises:
+            InputError: ``max_length`` leaves no room for text.
+        """
+        special = tokenizer.num_special_tokens_to_add(pair=examples.pairs is not None)
+        if max_length <= special:
+            raise InputError(
+                f"max_length must be above {special}, the special tokens of an example, got {max_length}"
+            )
+        self.labels = examples.labels
+        self.lengths: list[int] = []
+        # One flat array for all rows: lists of lists would take some ten times the memory.
+        ids: list[np.ndarray] = []
+        types: list[np.ndarray] = []
+        chunks = range(0, len(examples), _CHUNK)
+        for start in tqdm(chunks, "tokenising", unit_scale=_CHUNK, delay=1, leave=False, disable=None):
+            rows = slice(start, start + _CHUNK)
+            encoded = tokenizer(
+                examples.texts[rows],
+                None if examples.pairs is None else examples.pairs[rows],
+                truncation=True,
+                max_length=max_length,
+                padding=False,
+                return_attention_mask=False,
+            )
+            self.lengths += map(len, encoded["input_ids"])
+            ids += (np.array(row, dtype=np.int32) for row in encoded["input_ids"])
+            types += (np.array(row, dtype=np.int8) for row in encoded.get("token_type_ids", ()))
+        self._bounds = np.cumsum([0, *self.lengths])
+        self._ids = np.concatenate([np.zeros(0, np.int32), *ids])
+        self._types = np.concatenate(types) if types else None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} examples")
+        index %= len(self)
+        row = slice(self._bounds[index], self._bounds[index + 1])
+        item: dict[str, Any] = {"input_ids": self._ids[row].tolist()}
+        if self._types is not None:
+            item["token_type_ids"] = self._types[row].tolist()
+        return item | {"attention_mask": [1] * self.lengths[index], "labels": self.labels[index]}
+
+
+class Collator:
+    """Pads a list of items to the longest of them.
+
+    ``collator(items)`` returns ``input_ids``, ``attention_mask`` (0 on padding) and, if the items have
+    them, ``token_type_ids``, int64 ``[B, S]``; and ``labels`` ``[B]``, int64 classes or float32 values.
+    """
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
+        """Sets the padding.
+
+        Args:
+            pad_token_id: the id that fills ``input_ids``.
+            pad_to_multiple_of: rounds S up to a multiple of this.
+        """
+        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+            raise InputError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
+        self.fill = {"input_ids": pad_token_id, "token_type_ids": 0, "attention_mask": 0}
+        self.multiple = pad_to_multiple_of or 1
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(item["input_ids"]) for item in items)
+        length = -(-longest // self.multiple) * self.multiple
+        batch = {
+            name: torch.tensor([item[name] + [fill] * (length - len(item[name])) for item in items])
+            for name, fill in self.fill.items()
+            if name in items[0]
+        }
+        labels = [item["labels"] for item in items]
+        dtype = torch.float32 if isinstance(labels[0], float) else torch.long
+        return batch | {"labels": torch.tensor(labels, dtype=dtype)}
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Every index once per epoch, so that each run of ``batch_size`` of them has rows of like length.
+
+    A random order is cut into megabatches of 50 batches, each sorted by length and cut into batches,
+    and the batches are shuffled; a short batch stays last. The order is a function of (seed, epoch)
+    alone: a second pass over the same epoch, also in another process, gives it again.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0) -> None:
+        """Sets the order of epoch 0; see `set_epoch`.
+
+        Args:
+            lengths: tokens of each example.
+            batch_size: of the loader that uses this sampler.
+            seed: not negative.
+
+        Raises:
+            InputError: ``batch_size`` below 1 or ``seed`` below 0.
+        """
+        if batch_size < 1 or seed < 0:
+            raise InputError(
+                f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}"
+            )
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths))
+        size = self.batch_size
+        for start in range(0, len(order), _MEGABATCH * size):
+            group = order[start : start + _MEGABATCH * size]
+            order[start : start + len(group)] = group[np.argsort(-self.lengths[group], kind="stable")]
+        whole = len(order) - len(order) % size
+        batches = rng.permutation(order[:whole].reshape(-1, size))  # of rows: batches stay whole
+        yield from batches.reshape(-1).tolist()
+        yield from order[whole:].tolist()

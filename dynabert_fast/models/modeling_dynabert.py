@@ -1,0 +1,630 @@
+"""The elastic encoder as Hugging Face models: any sub-network of one set of weights, chosen per call.
+
+Tokens are packed once before the embeddings (no padding is computed) and unpacked once at the
+output. No module knows a width or a depth: the `Subnet` is an argument of `forward`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
+
+from dynabert_fast import ops
+from dynabert_fast.errors import InputError
+from dynabert_fast.models.configuration_dynabert import DynaBertConfig
+from dynabert_fast.models.conversion import (
+    BASE,
+    from_huggingface,
+    is_huggingface,
+    read_checkpoint,
+    to_huggingface,
+)
+from dynabert_fast.rewiring import Rewiring
+from dynabert_fast.subnet import Subnet
+
+_HUB_KEYS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+# Arguments of `PreTrainedModel.from_pretrained` that are not fields of the configuration.
+_LOADER_KEYS = (
+    "device_map",
+    "dtype",
+    "ignore_mismatched_sizes",
+    "output_loading_info",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+    "_from_auto",
+    "_from_pipeline",
+)
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """Where the real tokens of a padded batch `[B, S]` are.
+
+    Attributes:
+        shape: (B, S).
+        offsets: `[B + 1]` int32: sequence b is the packed rows `offsets[b]` to `offsets[b + 1]`.
+        max_length: Length of the longest sequence.
+        indices: `[T]` flat positions of the packed rows, or `None` where nothing is padded.
+    """
+
+    shape: tuple[int, int]
+    offsets: Tensor
+    max_length: int
+    indices: Tensor | None
+
+    @classmethod
+    def from_mask(cls, shape: tuple[int, int], mask: Tensor | None, device: Any) -> Self:
+        """Read a mask `[B, S]` (non-zero = real token, anywhere in the row); `None` is all real.
+
+        Raises:
+            InputError: The mask has another shape, or a sequence has no token.
+        """
+        batch, length = shape
+        whole = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+        if mask is None:
+            return cls(shape, whole, length, None)
+        if mask.shape != shape:
+            raise InputError(f"attention_mask must be {list(shape)}, got {list(mask.shape)}")
+        mask = mask != 0
+        lengths = mask.sum(1, dtype=torch.int32)
+        counts = lengths.tolist()  # the only synchronisation of a forward pass
+        if batch and min(counts) == 0:
+            raise InputError(f"attention_mask leaves no token in row {counts.index(0)}; drop the row")
+        if sum(counts) == batch * length:
+            return cls(shape, whole, length, None)
+        offsets = torch.zeros_like(whole)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        return cls(shape, offsets, max(counts), mask.flatten().nonzero().flatten())
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """`[B, S, ...] -> [T, ...]`."""
+        flat = padded.flatten(0, 1)
+        return flat if self.indices is None else flat[self.indices]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """`[T, ...] -> [B, S, ...]`, zero at padding."""
+        if self.indices is None:
+            return packed.unflatten(0, self.shape)
+        flat = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
+        return flat.index_copy(0, self.indices, packed).unflatten(0, self.shape)
+
+
+class ElasticExpand(nn.Module):
+    """Weights of a map `D -> rows`, a prefix of whose output is used: weight `[*rows, D]`."""
+
+    def __init__(self, rows: Sequence[int], hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*rows, hidden_size))
+        self.bias = nn.Parameter(torch.empty(*rows))
+
+    def forward(self, x: Tensor, extent: int, activation: str = "") -> Tensor:
+        """`[T, D] -> [T, extent]`."""
+        weight, bias = self.weight.flatten(0, -2), self.bias.flatten()
+        return ops.expand(x, weight, bias, extent, activation=activation)
+
+
+class ElasticContract(nn.Module):
+    """Weights of a map `rows -> D`, a prefix of whose input is used: weight_t `[rows, D]`."""
+
+    def __init__(self, rows: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight_t = nn.Parameter(torch.empty(rows, hidden_size))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, x: Tensor, extent: int) -> Tensor:
+        """`[T, extent] -> [T, D]`."""
+        return ops.contract(x, self.weight_t, self.bias, extent)
+
+
+def _draw_seed(p: float, training: bool, device: torch.device) -> Tensor | None:
+    """A dropout seed from torch's generator of that device, `None` where dropout is off."""
+    if not training or p == 0:
+        return None
+    return torch.randint(2**63 - 1, (), device=device)
+
+
+class _ResidualNorm(nn.Module):
+    """Dropout, residual and LayerNorm around a sublayer's output."""
+
+    norm: nn.LayerNorm
+
+    def residual_norm(self, y: Tensor, x: Tensor, p: float) -> Tensor:
+        """`LayerNorm(dropout(y) + x)`, all `[T, D]`."""
+        seed = _draw_seed(p, self.training, x.device)
+        norm = self.norm
+        return ops.residual_norm(
+            y, x, norm.weight, norm.bias, norm.eps, p if seed is not None else 0.0, seed
+        )
+
+
+class DynaBertAttention(_ResidualNorm):
+    """Self-attention over packed sequences with the first `heads` heads."""
+
+    def __init__(self, config: DynaBertConfig, heads: int) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.hidden_dropout = config.hidden_dropout_prob
+        self.qkv = ElasticExpand((heads, 3, config.head_size), config.hidden_size)
+        self.out = ElasticContract(heads * config.head_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, packed: PackedSequences, heads: int) -> Tensor:
+        """`[T, D] -> [T, D]`."""
+        qkv = self.qkv(x, heads * 3 * self.head_size)
+        seed = _draw_seed(self.attention_dropout, self.training, x.device)
+        context = ops.attention(
+            qkv,
+            packed.offsets,
+            packed.max_length,
+            self.head_size,
+            heads,
+            p=self.attention_dropout if seed is not None else 0.0,
+            seed=seed,
+        )
+        y = self.out(context, heads * self.head_size)
+        return self.residual_norm(y, x, self.hidden_dropout)
+
+
+class DynaBertFeedForward(_ResidualNorm):
+    """Feed-forward block with the first `neurons` neurons."""
+
+    def __init__(self, config: DynaBertConfig, neurons: int) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.hidden_dropout = config.hidden_dropout_prob
+        self.up = ElasticExpand((neurons,), config.hidden_size)
+        self.down = ElasticContract(neurons, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, neurons: int) -> Tensor:
+        """`[T, D] -> [T, D]`."""
+        y = self.down(self.up(x, neurons, self.activation), neurons)
+        return self.residual_norm(y, x, self.hidden_dropout)
+
+
+class DynaBertLayer(GradientCheckpointingLayer):
+    """One encoder layer; how much of it is used is an argument."""
+
+    def __init__(self, config: DynaBertConfig, heads: int, neurons: int) -> None:
+        super().__init__()
+        self.attention = DynaBertAttention(config, heads)
+        self.ffn = DynaBertFeedForward(config, neurons)
+
+    def forward(self, x: Tensor, packed: PackedSequences, heads: int, neurons: int) -> Tensor:
+        """`[T, D] -> [T, D]`."""
+        return self.ffn(self.attention(x, packed, heads), neurons)
+
+
+class DynaBertEmbeddings(nn.Module):
+    """Word, token-type and position embeddings with LayerNorm and dropout."""
+
+    def __init__(self, config: DynaBertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def position_ids(self, input_ids: Tensor) -> Tensor:
+        """BERT counts columns; RoBERTa counts non-padding tokens, from its padding id + 1."""
+        if not self.config.is_roberta:
+            return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        real = input_ids != self.config.pad_token_id
+        return real.cumsum(1) * real + (self.config.pad_token_id or 0)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        packed: PackedSequences,
+    ) -> Tensor:
+        """Ids `[B, S] -> [T, D]`."""
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if position_ids is None:
+            position_ids = self.position_ids(input_ids)
+        p = self.config.hidden_dropout_prob
+        seed = _draw_seed(p, self.training, input_ids.device)
+        return ops.embed(
+            *(packed.pack(ids) for ids in (input_ids, token_type_ids, position_ids)),
+            self.word.weight,
+            self.token_type.weight,
+            self.position.weight,
+            self.norm.weight,
+            self.norm.bias,
+            self.norm.eps,
+            p if seed is not None else 0.0,
+            seed,
+        )
+
+
+class DynaBertPooler(nn.Module):
+    """`tanh(dense(x))` of each sequence's first token."""
+
+    def __init__(self, config: DynaBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, first: Tensor) -> Tensor:
+        """`[B, D] -> [B, D]`."""
+        return torch.tanh(self.dense(first))
+
+
+class DynaBertPreTrainedModel(PreTrainedModel):
+    """Loading, saving and sub-network views, shared by the models below."""
+
+    config_class = DynaBertConfig
+    config: DynaBertConfig
+    base_model_prefix = BASE
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DynaBertLayer", "DynaBertEmbeddings"]
+
+    _has_head = True
+
+    #: Importance and permutation that the weights were rewired with, `None` before rewiring.
+    rewiring: Rewiring | None = None
+    #: The sub-network that a call without `subnet` runs: set on the views that `at` makes.
+    _default_subnet: Subnet | None = None
+
+    def __init__(self, config: DynaBertConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._known_subnets: set[Subnet] = set()
+        self.register_load_state_dict_pre_hook(_load_huggingface_names)
+
+    def at(self, subnet: Subnet) -> Self:
+        """A light view of this model that runs `subnet` by default and shares every weight.
+
+        The view is a model like any other (for `pipeline`, for instance); several views and the model
+        itself may run at the same time.
+
+        Raises:
+            InputError: The sub-network does not fit the model.
+        """
+        subnet.check(self.config)
+        view = copy.copy(self)
+        view._default_subnet = subnet
+        return view
+
+    def _choose(self, subnet: Subnet | None) -> Subnet:
+        """The sub-network of a call: the argument, or the view's, or the whole model."""
+        subnet = subnet or self._default_subnet or Subnet.full(self.config)
+        if subnet not in self._known_subnets:
+            if not isinstance(subnet, Subnet):
+                raise InputError(f"subnet must be a Subnet, got {type(subnet).__name__}")
+            subnet.check(self.config)
+            self._known_subnets.add(subnet)
+        return subnet
+
+    def extract(self, subnet: Subnet) -> Self:
+        """A stand-alone model of one sub-network, with copies of just the weights it uses.
+
+        It computes the same bits as this model at `subnet`. At full width it is an ordinary, shallower
+        BERT, which plain `transformers` opens once saved.
+
+        Raises:
+            InputError: The sub-network does not fit the model.
+        """
+        subnet.check(self.config)
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = len(subnet.layers)
+        config.num_attention_heads = max(subnet.heads)
+        config.intermediate_size = max(subnet.neurons)
+        config.heads_per_layer = list(subnet.heads) if len(set(subnet.heads)) > 1 else None
+        config.neurons_per_layer = list(subnet.neurons) if len(set(subnet.neurons)) > 1 else None
+        # Dropout must not differ from the original's, so the mode comes along.
+        model = type(self)(config).to(dtype=self.dtype, device=self.device).train(self.training)
+        own = self.state_dict()
+        prefix = f"{BASE}." if any(name.startswith(f"{BASE}.") for name in own) else ""
+        with torch.no_grad():
+            for name, target in model.state_dict().items():
+                parts = name.removeprefix(prefix).split(".")
+                if parts[:2] == ["encoder", "layer"]:
+                    parts[2] = str(subnet.layers[int(parts[2])])
+                source = own[prefix + ".".join(parts) if prefix in name else name]
+                target.copy_(source[tuple(slice(0, n) for n in target.shape)])
+        return model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ElasticExpand):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        elif isinstance(module, ElasticContract):
+            init.normal_(module.weight_t, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *model_args: Any,
+        config: DynaBertConfig | str | Path | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint of ours or a plain BERT, RoBERTa, XLM-RoBERTa or CamemBERT one.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id.
+            *model_args: Passed to the model's constructor.
+            config: Instead of the checkpoint's own.
+            **kwargs: Fields of the configuration to override (`num_labels=2`), and the arguments of
+                `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `revision`, ...).
+
+        Raises:
+            InputError: The checkpoint is of another architecture, or its files cannot be read.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        source = str(pretrained_model_name_or_path)
+        hub = {key: kwargs.pop(key) for key in _HUB_KEYS if key in kwargs}
+        loader = {key: kwargs.pop(key) for key in _LOADER_KEYS if key in kwargs}
+        if not isinstance(config, DynaBertConfig):
+            config, kwargs = DynaBertConfig.from_pretrained(
+                config or source, return_unused_kwargs=True, **hub, **kwargs
+            )
+        state = read_checkpoint(source, **hub)
+        if is_huggingface(state):
+            state = from_huggingface(state, config, cls._has_head)
+        loaded = super().from_pretrained(
+            None, *model_args, config=config, state_dict=state, **loader, **kwargs
+        )
+        model = loaded[0] if loader.get("output_loading_info") else loaded
+        model.config.name_or_path = source
+        model.rewiring = Rewiring.load(source, **hub)
+        return loaded
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, state_dict: Any = None, **kwargs: Any
+    ) -> None:
+        """Save under Hugging Face's names and layouts, which `BertModel` or `RobertaModel` opens.
+
+        Importance and permutation, if the model was rewired, are saved beside the weights.
+        """
+        state = to_huggingface(state_dict or self.state_dict(), self.config)
+        super().save_pretrained(save_directory, state_dict=state, **kwargs)
+        if self.rewiring is not None and kwargs.get("is_main_process", True):
+            self.rewiring.save(save_directory)
+
+
+def _load_huggingface_names(
+    module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
+    """Let `load_state_dict` take what `save_pretrained` wrote (Trainer resumes that way)."""
+    if not prefix and is_huggingface(state):
+        assert isinstance(module, DynaBertPreTrainedModel)
+        converted = from_huggingface(state, module.config, module._has_head)
+        state.clear()
+        state.update(converted)
+
+
+class _Encoder(nn.Module):
+    """The layers, under the name that Hugging Face gives them."""
+
+    def __init__(self, config: DynaBertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(
+            DynaBertLayer(config, heads, neurons)
+            for heads, neurons in zip(config.layer_heads, config.layer_neurons, strict=True)
+        )
+
+
+class DynaBertModel(DynaBertPreTrainedModel):
+    """The elastic encoder with its pooler."""
+
+    _has_head = False
+
+    def __init__(self, config: DynaBertConfig) -> None:
+        super().__init__(config)
+        self.embeddings = DynaBertEmbeddings(config)
+        self.encoder = _Encoder(config)
+        self.pooler = DynaBertPooler(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The word embeddings."""
+        return self.embeddings.word
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the word embeddings."""
+        self.embeddings.word = value
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        subnet: Subnet | None,
+        keep_hidden: bool,
+    ) -> tuple[Tensor, list[Tensor], PackedSequences]:
+        """The packed last hidden state `[T, D]`, all hidden states if kept, and the packing."""
+        self._check_ids(input_ids)
+        subnet = self._choose(subnet)
+        shape = (input_ids.shape[0], input_ids.shape[1])
+        packed = PackedSequences.from_mask(shape, attention_mask, input_ids.device)
+        x = self.embeddings(input_ids, token_type_ids, position_ids, packed)
+        hidden = [x]
+        for layer, heads, neurons in zip(
+            subnet.layers, subnet.heads, subnet.neurons, strict=True
+        ):
+            x = self.encoder.layer[layer](x, packed, heads, neurons)
+            if keep_hidden:
+                hidden.append(x)
+        return x, hidden, packed
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.dim() != 2:
+            raise InputError(f"input_ids must be [batch, length], got {list(input_ids.shape)}")
+        if input_ids.shape[1] > self.config.max_length:
+            raise InputError(
+                f"a sequence may have up to {self.config.max_length} tokens, got "
+                f"{input_ids.shape[1]}; truncate it"
+            )
+        # On a GPU this check would synchronise; there an id out of range is a device assertion.
+        if input_ids.device.type == "cpu" and input_ids.numel() and not _compiling():
+            low, high = input_ids.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise InputError(
+                    f"token ids must be in 0 to {self.config.vocab_size - 1}, got {int(low)} to "
+                    f"{int(high)}; is this the checkpoint's own tokenizer?"
+                )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        subnet: Subnet | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        unpack: bool = True,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """Run one sub-network.
+
+        Args:
+            input_ids: `[B, S]` int64.
+            attention_mask: `[B, S]`, non-zero at real tokens; default all real.
+            token_type_ids: `[B, S]` int64; default 0.
+            position_ids: `[B, S]` int64; default the family's rule.
+            subnet: The sub-network; default the view's (see `at`), else the whole model.
+            output_hidden_states: Also return the embeddings' and every kept layer's output.
+            return_dict: `False` for a plain tuple.
+            unpack: `False` returns hidden states of real tokens only, packed `[T, D]`.
+
+        Returns:
+            `last_hidden_state` `[B, S, D]` (zero at padding), `pooler_output` `[B, D]`,
+            `hidden_states`: a tuple of one more than the kept layers.
+
+        Raises:
+            InputError: Shapes, ids or the sub-network do not fit.
+        """
+        keep = _flag(output_hidden_states, self.config.output_hidden_states)
+        x, hidden, packed = self.encode(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            subnet or self._default_subnet,
+            keep,
+        )
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=packed.unpack(x) if unpack else x,
+            pooler_output=self.pooler(x[packed.offsets[:-1]]),
+            hidden_states=_hidden_output(hidden, packed, keep, unpack),
+        )
+        return output if _flag(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+class DynaBertForSequenceClassification(DynaBertPreTrainedModel):
+    """The elastic encoder with a classification or regression head on the first token."""
+
+    def __init__(self, config: DynaBertConfig) -> None:
+        super().__init__(config)
+        self.dynabert = DynaBertModel(config)
+        p = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if p is None else p)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        subnet: Subnet | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        unpack: bool = True,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        """Run one sub-network; arguments as in `DynaBertModel.forward`.
+
+        Args:
+            input_ids: `[B, S]` int64.
+            attention_mask: `[B, S]`.
+            token_type_ids: `[B, S]` int64.
+            position_ids: `[B, S]` int64.
+            labels: `[B]` int64 classes, or `[B]` floats for regression (`num_labels=1`).
+            subnet: The sub-network; default the view's (see `at`), else the whole model.
+            output_hidden_states: Also return all hidden states.
+            return_dict: `False` for a plain tuple.
+            unpack: `False` returns hidden states packed `[T, D]`.
+
+        Returns:
+            `loss` (with labels), `logits` `[B, C]`, `hidden_states` as asked for.
+
+        Raises:
+            InputError: Shapes, ids or the sub-network do not fit.
+        """
+        keep = _flag(output_hidden_states, self.config.output_hidden_states)
+        x, hidden, packed = self.dynabert.encode(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            subnet or self._default_subnet,
+            keep,
+        )
+        first = x[packed.offsets[:-1]]
+        if self.config.is_roberta:  # its head also drops out before the dense layer
+            first = self.dropout(first)
+        logits = self.classifier(self.dropout(self.dynabert.pooler(first)))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        output = SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=_hidden_output(hidden, packed, keep, unpack)
+        )
+        return output if _flag(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_compiling()
+
+
+def _flag(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
+
+
+def _hidden_output(
+    hidden: list[Tensor], packed: PackedSequences, keep: bool, unpack: bool
+) -> tuple[Tensor, ...] | None:
+    if not keep:
+        return None
+    return tuple(packed.unpack(h) if unpack else h for h in hidden)
+
+
+AutoConfig.register(DynaBertConfig.model_type, DynaBertConfig)
+AutoModel.register(DynaBertConfig, DynaBertModel)
+AutoModelForSequenceClassification.register(DynaBertConfig, DynaBertForSequenceClassification)

@@ -1,4 +1,4 @@
-"""Tasks, labelled texts from files, hub or the standard library, and their encoding into batches."""
+"""Tasks, labelled texts (files, hub, standard library), and their encoding into batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labelled texts from GLUE folders, from one's own files and from hub data sets, all in one shape."""
+"""Labelled texts from GLUE folders, one's own files and hub data sets, all in one shape."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from dynabert_fast.data.tasks import Task, TaskFiles, get_task, plain_name
 from dynabert_fast.errors import InputError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+
+# Half of a UTF-16 pair, which JSON can spell but no tokenizer can read.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class TaskData:
         train: what is trained on.
         dev: what is judged on.
         label_names: the class of each id; empty for regression.
-        notes: what the reader of a result must know about the data, for example that it is a subset.
+        notes: what a reader of results must know of the data, for example that it is a subset.
     """
 
     task: Task
@@ -88,17 +93,19 @@ class _Table:
         )
 
 
-def load_glue(name: str, data_dir: str | Path, max_train: int | None = None, seed: int = 0) -> TaskData:
+def load_glue(
+    name: str, data_dir: str | Path, max_train: int | None = None, seed: int = 0
+) -> TaskData:
     """Reads a published task (``GLUE_TASKS``) from its distributed files.
 
     Args:
         name: for example ``sst2``.
-        data_dir: the task's own folder, or one that holds it under its usual name, for example ``SST-2``.
-        max_train: keep at most this many training examples, about as many of each class as there are.
+        data_dir: the task's own folder, or one that holds it by its usual name, say ``SST-2``.
+        max_train: keep at most this many training examples, of each class in proportion.
         seed: chooses which ones.
 
     Raises:
-        InputError: an unknown task, a missing file or folder, or a file that is not what it should be.
+        InputError: an unknown task, a missing file or folder, or a file that is not in order.
     """
     task = get_task(name)
     assert task.files is not None
@@ -121,7 +128,8 @@ def load_files(
 ) -> TaskData:
     """Reads labelled texts from CSV, TSV or JSONL files in UTF-8 (the suffix says which).
 
-    CSV fields may be quoted. TSV has no quoting: a quotation mark is text. A JSONL line is an object.
+    CSV fields may be quoted. TSV has no quoting: a quotation mark is text. A JSONL line is one
+    object.
 
     Args:
         train_file: the training examples.
@@ -132,11 +140,11 @@ def load_files(
         regression: labels are numbers to predict. Never guessed.
         metric: see `Task`; default accuracy, and Spearman's correlation for regression.
         dev_fraction: the part that is set aside, from each class alike.
-        max_train: keep at most this many training examples, about as many of each class as there are.
+        max_train: keep at most this many training examples, of each class in proportion.
         seed: chooses what is set aside and what is kept.
 
     Raises:
-        InputError: the file, a column, a row or a label is not usable; the message says where and why.
+        InputError: a file, a column, a row or a label is not usable; the message says where.
     """
     train_path = Path(train_file)
     task = _own_task(train_path.stem, text_column, pair_column, label_column, regression, metric)
@@ -160,7 +168,7 @@ def load_hub(
     max_train: int | None = None,
     seed: int = 0,
 ) -> TaskData:
-    """Reads a data set of the Hugging Face hub, or a local folder, through the ``datasets`` library.
+    """Reads a hub data set, or a local folder, through the ``datasets`` library.
 
     Args:
         name: what ``datasets.load_dataset`` takes, for example ``nyu-mll/glue``.
@@ -173,12 +181,12 @@ def load_hub(
         regression: labels are numbers to predict. Never guessed.
         metric: see `Task`; default accuracy, and Spearman's correlation for regression.
         dev_fraction: the part that is set aside, from each class alike.
-        max_train: keep at most this many training examples, about as many of each class as there are.
+        max_train: keep at most this many training examples, of each class in proportion.
         seed: chooses what is set aside and what is kept.
 
     Raises:
-        InputError: ``datasets`` is not installed, or the data set, a split, a column or a row is not
-            usable.
+        InputError: ``datasets`` is not installed, or the data set, a split, a column or a row is
+            not usable.
     """
     short_name = plain_name(name.rstrip("/").rsplit("/", 1)[-1])
     task = _own_task(short_name, text_column, pair_column, label_column, regression, metric)
@@ -203,7 +211,9 @@ def _own_task(
 def _find_files(name: str, files: TaskFiles, data_dir: Path) -> tuple[Path, Path]:
     """The train and dev file, in the folder itself or in a child that has the task's name."""
     if not data_dir.is_dir():
-        raise InputError(f"{name}: {data_dir} is not a folder; give the one that holds {files.folder}")
+        raise InputError(
+            f"{name}: {data_dir} is not a folder; give the one with {files.folder} in it"
+        )
     names = {plain_name(files.folder), plain_name(name)}
     children = sorted(path for path in data_dir.iterdir() if plain_name(path.name) in names)
     for folder in (data_dir, *children):
@@ -211,7 +221,7 @@ def _find_files(name: str, files: TaskFiles, data_dir: Path) -> tuple[Path, Path
             if (folder / train).is_file() and (folder / dev).is_file():
                 return folder / train, folder / dev
     wanted = " or ".join(f"{train} and {dev}" for train, dev in files.splits)
-    raise InputError(f"{name}: found no {wanted} in {data_dir}, nor in a folder {files.folder} there")
+    raise InputError(f"{name}: no {wanted} in {data_dir}, nor in a folder {files.folder} in it")
 
 
 def _read(path: Path, task: Task) -> _Table:
@@ -220,7 +230,7 @@ def _read(path: Path, task: Task) -> _Table:
     skipped: list[int] = []
     if task.files is not None:
         rows = _trec_rows(path) if task.files.layout == "trec" else _tsv_rows(path)
-        broken = skipped if task.files.skip_broken_rows else None
+        broken = skipped if task.files.skip_torn_rows else None
         records = _pick(path, rows, wanted, task.files.header, broken)
     else:
         records = _own_records(path, wanted)
@@ -248,7 +258,7 @@ def _own_records(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, list[
 
 
 def _lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
-    """The lines of a file, with their ends. Only a line feed ends one: U+2028 and others are text."""
+    """The lines of a file, with their ends. Only a line feed ends one: U+2028 and such are text."""
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
@@ -259,7 +269,7 @@ def _lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}, line {number}: not UTF-8 (byte {raw[error.start]:#04x}); save the file as UTF-8"
+            f"{path}, line {number}: not UTF-8 (byte {raw[error.start]:#04x}); save it as UTF-8"
         ) from error
 
 
@@ -280,7 +290,7 @@ def _trec_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    # strict: an unclosed quotation mark is an error, not a field that swallows the rest of the file.
+    # strict: an unclosed quotation mark is an error, not a field that swallows all that follows.
     reader = csv.reader(_lines(path), strict=True)
     start = 1
     try:
@@ -299,7 +309,7 @@ def _pick(
     header: Sequence[str] | None = None,
     broken: list[int] | None = None,
 ) -> Iterator[tuple[int, list[str]]]:
-    """The wanted fields of each row. A row that is torn goes to `broken`; without it, is refused."""
+    """The wanted fields of each row. A torn row's number goes to `broken`; without it, an error."""
     if header is None:
         _, header = next(rows, (0, []))
     positions = [_position(path, header, column) for column in wanted]
@@ -333,14 +343,14 @@ def _json_records(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, list
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error}); each line must be one object") from error
+            raise InputError(f"{where}: not JSON ({error}); a line must be one object") from error
         if not isinstance(record, dict):
-            raise InputError(f"{where}: {type(record).__name__} where each line must be one JSON object")
+            raise InputError(f"{where}: a line must be one JSON object, got {line.strip()[:40]!r}")
         yield number, _fields(record, wanted, where)
 
 
 def _fields(record: dict[str, Any], wanted: Sequence[str], where: str) -> list[str]:
-    """The texts and the label (last in `wanted`) of a record whose values have types of their own."""
+    """The texts and the label (last in `wanted`) of a record whose values are typed."""
     missing = [column for column in wanted if column not in record]
     if missing:
         raise InputError(f"{where}: no column {missing[0]!r}; the columns are {', '.join(record)}")
@@ -351,10 +361,6 @@ def _fields(record: dict[str, Any], wanted: Sequence[str], where: str) -> list[s
     if not isinstance(label, str | int | float):
         raise InputError(f"{where}: label {label!r} must be a string or a number")
     return [*texts, str(label)]
-
-
-# Half of a UTF-16 pair, which JSON can spell but no tokenizer can read.
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 # The datasets library
@@ -385,7 +391,9 @@ def _with_hub_labels(task: Task, split: Any) -> Task:
 def _hub_table(splits: dict[str, Any], name: str, split: str, task: Task) -> _Table:
     source = f"data set {name}, split {split}"
     if split not in splits:
-        raise InputError(f"data set {name} has no split {split!r}; its splits are {', '.join(splits)}")
+        raise InputError(
+            f"data set {name} has no split {split!r}; its splits are {', '.join(splits)}"
+        )
     data = splits[split]
     wanted = (*task.text_columns, task.label_column)
     missing = [column for column in wanted if column not in data.column_names]
@@ -428,20 +436,21 @@ def _task_data(
     names = _label_names(task, train)
     if dev is None:
         train, dev = _set_aside(train, task, dev_fraction, seed)
-        notes.append(f"dev: {len(dev)} of {len(train) + len(dev)} training rows set aside, seed {seed}")
+        notes.append(
+            f"dev: {len(dev)} of {len(train) + len(dev)} training rows set aside, seed {seed}"
+        )
     if max_train is not None and max_train < 1:
         raise InputError(f"max_train must be at least 1, got {max_train}")
     if max_train is not None and max_train < len(train):
         notes.append(f"train: {max_train} of {len(train)} rows, seed {seed}")
         train = train.select(_sample(train, task, max_train, seed))
-    return TaskData(task, _examples(task, train, names), _examples(task, dev, names), names, tuple(notes))
-
-
-_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+    return TaskData(
+        task, _examples(task, train, names), _examples(task, dev, names), names, tuple(notes)
+    )
 
 
 def _label_names(task: Task, train: _Table) -> tuple[str, ...]:
-    """The class of each id: in the task's order, else sorted, as numbers if they all are numbers."""
+    """The class of each id: in the task's order, else sorted, numbers as numbers."""
     if task.regression:
         return ()
     if task.labels is not None:
@@ -504,7 +513,7 @@ def _set_aside(table: _Table, task: Task, fraction: float, seed: int) -> tuple[_
 
 
 def _sample(table: _Table, task: Task, size: int, seed: int) -> list[int]:
-    """Indices of `size` rows, ascending, with each class in proportion and, if they fit, all classes.
+    """Ascending indices of `size` rows: each class in proportion, and each there if they fit.
 
     The j-th row of a class of n, in random order, gets the key (j + 1/2) / n, the first one 0; the
     rows with the smallest keys are taken. So a smaller sample is part of a larger one.

@@ -1,7 +1,7 @@
-"""A labelled text set that every Python installation carries: what its standard library says of itself.
+"""A labelled text set that every Python installation carries, made on the spot.
 
-The texts are docstring paragraphs, read from the library's source files, which are parsed and never
-run. The label is the topic of the chapter that documents the module in the Python library reference.
+The texts are docstring paragraphs of the standard library, whose source files are parsed and never
+run. The label is the topic of the chapter of the Python library reference that has the module.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def build_stdlib_docs(
     for topic in TOPICS:
         if counts[topic] < _ENOUGH:
             raise InputError(
-                f"found {counts[topic]} paragraphs on {topic} in {root}, at least {_ENOUGH} are needed: "
-                "this Python comes without its library's source files; use another installation"
+                f"found {counts[topic]} paragraphs on {topic} in {root}, need {_ENOUGH}: this "
+                "Python comes without its library's source files; use another installation"
             )
     train, dev = _split(groups, topics, dev_fraction, random.Random(seed))
     note = f"{counts.total()} docstring paragraphs of the standard library of Python"
@@ -105,7 +105,7 @@ def _examples(texts: list[str], topics: list[str], indices: list[int]) -> Exampl
 
 
 def _collect(root: Path) -> Iterator[tuple[str, str]]:
-    """(text, topic) of every paragraph that passes the filter, in the order of modules and lines."""
+    """(text, topic) of every paragraph that passes the filter, module by module."""
     for topic, modules in TOPICS.items():
         for module in modules:
             package = root / module
@@ -128,7 +128,9 @@ def _paragraphs(file: Path) -> Iterator[str]:
 def _is_prose(text: str) -> bool:
     """Enough words, next to all of them plain, and neither a doctest nor a signature."""
     words = text.split()
-    plain = sum(bool(re.fullmatch(r"[(\"'`]*[A-Za-z][a-z'-]*[)\"'`]*[.,:;!?]*", word)) for word in words)
+    plain = sum(
+        bool(re.fullmatch(r"[(\"'`]*[A-Za-z][a-z'-]*[)\"'`]*[.,:;!?]*", word)) for word in words
+    )
     starts_like_code = re.match(r"[\w.]+\(.*\) *(->|$)|(def|class|import) ", text)
     return (
         len(words) >= _MIN_WORDS
@@ -139,7 +141,7 @@ def _is_prose(text: str) -> bool:
 
 
 def _unambiguous(pairs: Iterator[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """Each text once with its topic; a text that is found under two topics says nothing of either."""
+    """Each text once, with its topic; a text under two topics says nothing of either."""
     found: dict[str, set[str]] = {}
     for text, topic in pairs:
         found.setdefault(text, set()).add(topic)

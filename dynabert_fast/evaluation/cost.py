@@ -1,4 +1,4 @@
-"""What a sub-network costs on paper: parameters and floating-point operations, from extents alone."""
+"""What a sub-network costs on paper: parameters and operations, from its extents alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def count_parameters(config: DynaBertConfig, subnet: Subnet) -> int:
     """Count the parameters of a sequence classification model that `subnet` uses.
 
     Embeddings, layer norms, output biases, pooler and classifier are always whole; a layer of `h`
-    heads of size `d` and `k` neurons has `4*h*d*D + 2*k*D` weights. BERT's pooler and classifier and
-    RoBERTa's two-layer head have the same size.
+    heads of size `d` and `k` neurons has `4*h*d*D + 2*k*D` weights. BERT's pooler and classifier
+    have the same size as RoBERTa's two-layer head.
 
     Args:
         config: The model's configuration.
@@ -31,7 +31,7 @@ def count_parameters(config: DynaBertConfig, subnet: Subnet) -> int:
     rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
     total = rows * hidden + norm
     for heads, neurons in zip(subnet.heads, subnet.neurons, strict=True):
-        width = heads * config.head_size
+        width = _attention_width(config, heads)
         biases = 3 * width + hidden + neurons + hidden
         total += _layer_weights(config, heads, neurons) + biases + 2 * norm
     pooler = hidden * hidden + hidden
@@ -61,10 +61,16 @@ def count_flops(config: DynaBertConfig, subnet: Subnet, length: int) -> int:
     multiply_adds = hidden * hidden + hidden * config.num_labels  # pooler, classifier
     for heads, neurons in zip(subnet.heads, subnet.neurons, strict=True):
         multiply_adds += length * _layer_weights(config, heads, neurons)
-        multiply_adds += 2 * length * length * heads * config.head_size
+        multiply_adds += 2 * length * length * _attention_width(config, heads)
     return 2 * multiply_adds
 
 
 def _layer_weights(config: DynaBertConfig, heads: int, neurons: int) -> int:
     """Entries of the weight matrices of one layer: query, key, value, output, FFN in and out."""
-    return (4 * heads * config.head_size + 2 * neurons) * config.hidden_size
+    return (4 * _attention_width(config, heads) + 2 * neurons) * config.hidden_size
+
+
+def _attention_width(config: DynaBertConfig, heads: int) -> int:
+    """Rows of the query of `heads` heads, h*d."""
+    assert config.head_size is not None  # the configuration derives it where it is not given
+    return heads * config.head_size

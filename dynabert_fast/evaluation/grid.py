@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from dynabert_fast.errors import InputError
 from dynabert_fast.evaluation.cost import count_flops, count_parameters
 from dynabert_fast.evaluation.latency import Latency, environment, inference, measure_latency
-from dynabert_fast.evaluation.metrics import compute_metrics
+from dynabert_fast.evaluation.metrics import compute_metrics, primary_metric
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dynabert_fast.subnet import Subnet
 
 NOT_MEASURED = "–"
+PARETO = "Pareto: no other sub-network costs as little and scores as well, and is better in one."
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Batches:
 
     Attributes:
         inputs: What the model takes, one dict of tensors per batch, longest sequences first.
-        order: For each row of the batches, one after another, its index in the data set: int64 `[n]`.
+        order: For each row of the batches, one after another, its index in the data set, `[n]`.
         labels: The labels in the data set's order, `[n]`.
         tokens: Tokens in the data set, padding not counted.
     """
@@ -92,6 +93,9 @@ class Grid:
         latency_length: Tokens per timed sequence; FLOPs are for one such sequence.
         latency_rounds: Timed passes of each sub-network.
         environment: Device, threads, dtype and versions; see `environment`.
+
+    Raises:
+        InputError: There is no cell.
     """
 
     cells: tuple[Cell, ...]
@@ -104,6 +108,11 @@ class Grid:
     latency_length: int
     latency_rounds: int
     environment: dict[str, str]
+
+    def __post_init__(self) -> None:
+        """Refuse a grid without cells."""
+        if not self.cells:
+            raise InputError("an evaluation grid needs at least one sub-network, got none")
 
     @property
     def full(self) -> Cell | None:
@@ -130,15 +139,18 @@ class Grid:
 
     def speed_up(self, cell: Cell) -> float | None:
         """Latency of the whole model over that of `cell`; `None` without the whole model."""
-        return self.full and self.full.latency.median_ms / cell.latency.median_ms
+        full = self.full
+        return full.latency.median_ms / cell.latency.median_ms if full else None
 
     @property
     def total(self) -> float:
         """Sum of the primary metric over the grid, which decides the best checkpoint."""
-        return total_score({cell.subnet: cell.metrics for cell in self.cells})
+        return sum(map(self.score, self.cells))
 
     def pareto(self, cost: Literal["latency", "flops"] = "latency") -> tuple[Cell, ...]:
-        """The cells that no other beats: none costs as little and scores as much, and one of them better.
+        """The cells that no other dominates.
+
+        One dominates another if it costs no more and scores no less, and does better in one.
 
         Args:
             cost: Against the measured median latency, or against FLOPs.
@@ -146,21 +158,18 @@ class Grid:
         Returns:
             The cells, cheapest first.
         """
-        costs: dict[str, Callable[[Cell], float]] = {
-            "latency": lambda cell: cell.latency.median_ms,
-            "flops": lambda cell: cell.flops,
+
+        def price(cell: Cell) -> float:
+            return cell.flops if cost == "flops" else cell.latency.median_ms
+
+        points = {(price(cell), self.score(cell)) for cell in self.cells}
+        front = {
+            (p, s)
+            for p, s in points
+            if not any(p2 <= p and s2 >= s and (p2, s2) != (p, s) for p2, s2 in points)
         }
-        points = [
-            (costs[cost](cell), self.score(cell), cell) for cell in self.cells
-        ]
-        best = [
-            (price, cell)
-            for price, score, cell in points
-            if not any(
-                p <= price and s >= score and (p, s) != (price, score) for p, s, _ in points
-            )
-        ]
-        return tuple(cell for _, cell in sorted(best, key=lambda item: item[0]))
+        best = (cell for cell in self.cells if (price(cell), self.score(cell)) in front)
+        return tuple(sorted(best, key=price))
 
     def to_json(self) -> str:
         """Write as JSON text."""
@@ -197,7 +206,7 @@ class Grid:
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def to_markdown(self) -> str:
-        """Write as Markdown: the primary metric by width and depth, all columns, and the conditions."""
+        """Write as Markdown: the metric by width and depth, all columns, and the conditions."""
         parts = [f"### {_escape(self.heading)}", self._list_table(), self._conditions()]
         if self.widths:
             parts.insert(1, self._metric_table())
@@ -213,7 +222,9 @@ class Grid:
         rows = []
         for width in self.widths:
             cells = [self.at(width, depth) for depth in self.depths]
-            scores = [format_score(self.metric, self.score(c)) if c else NOT_MEASURED for c in cells]
+            scores = (
+                format_score(self.metric, self.score(c)) if c else NOT_MEASURED for c in cells
+            )
             rows.append([f"**{width:g}**", *scores])
         corner = f"{_escape(metric_column(self.metric))}: width \\ depth"
         return _table([corner, *(f"{depth:g}" for depth in self.depths)], rows)
@@ -221,17 +232,17 @@ class Grid:
     def _list_table(self) -> str:
         names = self.metric_names
         head = ["sub-network", *map(metric_column, names), "parameters, M", "GFLOPs"]
-        head += ["latency, ms", "speed-up", "Pareto"]
-        front = {cell.subnet for cell in self.pareto()}
+        head += ["latency, ms", "speed-up", "Pareto in"]
+        fronts = {"latency": self.pareto("latency"), "FLOPs": self.pareto("flops")}
         rows = [
             [
                 cell.subnet,
                 *(format_score(name, cell.metrics[name]) for name in names),
-                f"{cell.parameters / 1e6:.1f}",
+                format_quantity(cell.parameters / 1e6),
                 format_quantity(cell.flops / 1e9),
                 format_quantity(cell.latency.median_ms),
                 format_speed_up(self.speed_up(cell)),
-                "yes" if cell.subnet in front else "",
+                ", ".join(cost for cost, front in fronts.items() if cell in front),
             ]
             for cell in self.cells
         ]
@@ -246,11 +257,12 @@ class Grid:
     def _conditions(self) -> str:
         env = self.environment
         return (
-            f"Metrics on {self.examples:,} examples ({self.tokens:,} tokens). "
-            f"Latency: median of {self.latency_rounds} passes, batch {self.latency_batch_size}, "
-            f"length {self.latency_length}, {env['dtype']}, on {_escape(env['device'])}, "
-            f"{env['threads']} threads. GFLOPs: one sequence of that length. "
-            f"Pareto: no other sub-network is as fast and as good, and better in one of the two.\n\n"
+            f"Metrics on {count_noun(self.examples, 'example')} "
+            f"({count_noun(self.tokens, 'token')}). "
+            f"Latency: median of {count_noun(self.latency_rounds, 'pass', 'passes')}, "
+            f"batch {self.latency_batch_size}, length {self.latency_length}, {env['dtype']}, on "
+            f"{_escape(env['device'])}, {count_noun(int(env['threads']), 'CPU thread')}. "
+            f"GFLOPs: one sequence of that length. {PARETO}\n\n"
             f"dynabert_fast {env['dynabert_fast']}, torch {env['torch']}, "
             f"transformers {env['transformers']}, Python {env['python']}."
         )
@@ -387,11 +399,12 @@ def evaluate_grid(
     Raises:
         InputError: No example, no sub-network, an unknown metric or a number below its minimum.
     """
+    primary = primary_metric(metric)  # an unknown metric fails before anything long runs
     batches = make_batches(dataset, collator, batch_size)
-    scores = score_grid(model, batches, subnets, metric, progress=progress)
     latency = measure_latency(
         model, subnets, latency_batch_size, latency_length, warmup, rounds, seed, progress=progress
     )
+    scores = score_grid(model, batches, subnets, metric, progress=progress)
     cells = tuple(
         Cell(
             subnet=str(subnet),
@@ -408,7 +421,7 @@ def evaluate_grid(
         cells=cells,
         model=model_name,
         task=task,
-        metric=next(iter(cells[0].metrics)),
+        metric=primary,
         examples=len(dataset),
         tokens=batches.tokens,
         latency_batch_size=latency_batch_size,
@@ -463,6 +476,11 @@ def format_quantity(value: float) -> str:
 def format_speed_up(value: float | None) -> str:
     """A ratio such as `3.4×`."""
     return NOT_MEASURED if value is None else f"{value:.1f}×"
+
+
+def count_noun(number: int, noun: str, plural: str | None = None) -> str:
+    """A number and its noun: `1 token`, `12,000 tokens`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _restore(rows: np.ndarray, order: np.ndarray) -> np.ndarray:

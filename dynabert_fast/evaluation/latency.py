@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -77,7 +77,7 @@ def measure_latency(
         The latency of each sub-network, in milliseconds per batch.
 
     Raises:
-        InputError: No sub-network, or a number below its minimum.
+        InputError: No sub-network, a number below its minimum, or more tokens than the model takes.
     """
     for name, value, least in (
         ("the number of sub-networks", len(subnets), 1),
@@ -88,6 +88,11 @@ def measure_latency(
     ):
         if value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
+    if length > model.config.max_tokens:
+        raise InputError(
+            f"length must be at most {model.config.max_tokens}, the longest sequence of the model, "
+            f"got {length}"
+        )
     unique = list(dict.fromkeys(subnets))
     rng = np.random.default_rng(seed)
     input_ids = _random_tokens(model, rng, batch_size, length)  # [B, S]
@@ -97,12 +102,11 @@ def measure_latency(
         for done in tqdm(range(warmup + rounds), "latency", disable=not progress, unit="round"):
             for index in rng.permutation(len(unique)):
                 subnet = unique[index]
-                elapsed = _time(
-                    lambda subnet=subnet: model(
-                        input_ids=input_ids, attention_mask=attention_mask, subnet=subnet
-                    ),
-                    input_ids.device,
-                )
+                _synchronize(model.device)
+                start = time.perf_counter()
+                model(input_ids=input_ids, attention_mask=attention_mask, subnet=subnet)
+                _synchronize(model.device)
+                elapsed = time.perf_counter() - start
                 if done >= warmup:
                     times[subnet].append(elapsed)
     return {subnet: _summary(elapsed) for subnet, elapsed in times.items()}
@@ -140,16 +144,8 @@ def _random_tokens(
     return torch.from_numpy(ids).to(model.device)
 
 
-def _time(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `call` takes, until the device has finished."""
-    _synchronize(device)
-    start = time.perf_counter()
-    call()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
 def _synchronize(device: torch.device) -> None:
+    """Wait until the device has finished; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

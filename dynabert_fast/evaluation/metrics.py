@@ -1,4 +1,4 @@
-"""Task metrics as fractions. The first one of a result is the primary one, and of it more is better."""
+"""Task metrics as fractions. The first of a result is the primary one: of it, more is better."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def compute_metrics(metric: str, predictions: ArrayLike, labels: ArrayLike) -> d
         the correlations are 0 where either side is constant.
 
     Raises:
-        InputError: an unknown metric, shapes that do not fit, no rows, or values that are not finite.
+        InputError: an unknown metric, shapes that do not fit, no rows, or values not finite.
     """
     reported = _reported(metric)
     predicted, target = np.asarray(predictions), np.asarray(labels)
@@ -139,6 +139,7 @@ def _check(metric: str, predicted: Array, target: Array) -> None:
         if bad.any():
             first = int(np.argwhere(bad)[0, 0])
             raise InputError(
-                f"{int(bad.sum())} of the {name} are not finite (first in row {first}): the model has "
-                "diverged or its weights are damaged; lower the learning rate or go back to a checkpoint"
+                f"{int(bad.sum())} of the {name} are not finite (first in row {first}): the model "
+                "has diverged or its weights are damaged; lower the learning rate or go back to an "
+                "earlier checkpoint"
             )

@@ -1,4 +1,4 @@
-"""The evaluation report: one HTML file that needs nothing else, readable on a phone and in the dark.
+"""The evaluation report: one HTML file, readable on a phone and in the dark.
 
 The plot is SVG whose positions are percentages and whose sizes are pixels, so that it fills any
 width while its text keeps its size.
@@ -15,8 +15,10 @@ from importlib import resources
 import jinja2
 
 from dynabert_fast.evaluation.grid import (
+    PARETO,
     Cell,
     Grid,
+    count_noun,
     format_quantity,
     format_score,
     format_speed_up,
@@ -25,6 +27,7 @@ from dynabert_fast.evaluation.grid import (
     metric_label,
     write_aside,
 )
+from dynabert_fast.evaluation.latency import Latency
 
 # Width in pixels of the area inside the axes, at the narrowest screen of each of the two layouts
 # that the template switches between; labels are placed for these.
@@ -50,6 +53,10 @@ class Axis:
         """Position of a value in percent of the axis, not beyond its ends."""
         share = (value - self.low) / (self.high - self.low)
         return round(100 * min(max(share, 0.0), 1.0), 2)
+
+    def from_top(self, value: float) -> float:
+        """The same counted from the other end, as SVG counts y."""
+        return round(100 - self.at(value), 2)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Plot:
-    """The score/latency plot; `labels` holds, for each layout, the points that have room for a name."""
+    """The score/latency plot; `labels` holds, by layout, the points with room for a name."""
 
     points: tuple[Point, ...]
     front: tuple[Box, ...]
@@ -104,17 +111,17 @@ _SPOTS = (
 def write_report(grid: Grid, path: str | os.PathLike[str]) -> None:
     """Write the report of a grid to one HTML file; a file that is there survives a failure.
 
-    The file loads nothing: styles and drawings are inside, there is no script. Every name in the grid
-    is escaped.
+    The file loads nothing: styles and drawings are inside, there is no script. Every name in
+    the grid is escaped.
 
     Args:
         grid: What was measured.
         path: The HTML file.
     """
-    source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
+    source = resources.files("dynabert_fast.evaluation") / "report.html.j2"
     template = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(source)
+    ).from_string(source.read_text(encoding="utf-8"))
     low, high = _score_range(grid)
     html = template.render(
         grid=grid,
@@ -123,6 +130,8 @@ def write_report(grid: Grid, path: str | os.PathLike[str]) -> None:
         highlights=_highlights(grid),
         fronts={"latency": grid.pareto("latency"), "FLOPs": grid.pareto("flops")},
         percent="\u202f%" if is_fraction(grid.metric) else "",
+        count_noun=count_noun,
+        pareto_note=PARETO,
         metric_column=metric_column,
         metric_label=metric_label,
         format_score=format_score,
@@ -133,19 +142,23 @@ def write_report(grid: Grid, path: str | os.PathLike[str]) -> None:
 
 
 def _highlights(grid: Grid) -> list[tuple[str, Cell]]:
-    """The cells that answer most questions: the whole model, the fastest that is as good, the fastest."""
-    fastest = sorted(grid.cells, key=lambda cell: cell.latency.median_ms)
-    chosen = [("Fastest", fastest[0])]
-    if (full := grid.full) is None:
-        return chosen
+    """What most readers look for: the whole model, the fastest about as good, the fastest."""
+    by_time = sorted(grid.cells, key=lambda cell: cell.latency.median_ms)
+    full = grid.full
+    if full is None:
+        return [("Fastest", by_time[0])]
+    chosen = [("Whole model", full)]
     if is_fraction(grid.metric):
-        near = next(c for c in fastest if grid.score(c) >= grid.score(full) - 0.01)
-        chosen.insert(0, ("Fastest within one point", near))
-    return [("Whole model", full), *chosen]
+        near = next(c for c in by_time if grid.score(c) >= grid.score(full) - 0.01 - 1e-9)
+        if near not in (full, by_time[0]):
+            chosen.append(("Fastest within one point of it", near))
+    if by_time[0] != full:
+        chosen.append(("Fastest", by_time[0]))
+    return chosen
 
 
 def _score_range(grid: Grid) -> tuple[float, float]:
-    """Lowest and highest score, at least a little apart, so that they can be the ends of a scale."""
+    """Lowest and highest score, at least a little apart: the ends of a scale."""
     scores = [grid.score(cell) for cell in grid.cells]
     low, high = min(scores), max(scores)
     return (low, high) if high - low > 1e-9 else (low - 0.01, high + 0.01)
@@ -156,17 +169,13 @@ def _plot(grid: Grid) -> Plot:
     factor = 100 if is_fraction(grid.metric) else 1
     low, high = (factor * score for score in _score_range(grid))
     y_axis = _axis(low - 0.08 * (high - low), high + 0.08 * (high - low))
-    slowest = max(cell.latency.median_ms for cell in grid.cells)
-    p90 = max(cell.latency.p90_ms for cell in grid.cells)
-    # From zero: distances are then in proportion to time. One outlier must not squeeze the rest.
-    x_axis = _axis(0.0, min(p90, 1.25 * slowest) * 1.05)
-
+    x_axis = _time_axis([cell.latency for cell in grid.cells])
     front_cells = grid.pareto()
     points = tuple(
         Point(
             cell=cell,
             x=x_axis.at(cell.latency.median_ms),
-            y=100 - y_axis.at(factor * grid.score(cell)),
+            y=y_axis.from_top(factor * grid.score(cell)),
             low=x_axis.at(cell.latency.p10_ms),
             high=x_axis.at(cell.latency.p90_ms),
             marker=_marker(grid, cell),
@@ -175,15 +184,26 @@ def _plot(grid: Grid) -> Plot:
         )
         for cell in grid.cells
     )
-    legend = {point.marker: _legend_text(point.cell) for point in points}
+    legend = {point.marker: _legend_text(grid, point.cell) for point in points}
     return Plot(
         points=points,
         front=_staircase([point for point in points if point.front]),
         x_ticks=tuple((x_axis.at(t), _tick_text(x_axis, t)) for t in x_axis.ticks),
-        y_ticks=tuple((100 - y_axis.at(t), _tick_text(y_axis, t)) for t in y_axis.ticks),
+        y_ticks=tuple((y_axis.from_top(t), _tick_text(y_axis, t)) for t in y_axis.ticks),
         legend=tuple(sorted(legend.items())),
         labels={layout: _place_labels(points, width) for layout, width in _PLOT_WIDTHS.items()},
     )
+
+
+def _time_axis(latencies: Sequence[Latency]) -> Axis:
+    """From zero, so that distances are in proportion, unless all are within a factor of two."""
+    medians = [latency.median_ms for latency in latencies]
+    # A single slow pass must not squeeze the rest.
+    high = 1.05 * min(max(latency.p90_ms for latency in latencies), 1.25 * max(medians))
+    low = min(latency.p10_ms for latency in latencies)
+    if len(latencies) < 2 or min(medians) < 0.5 * max(medians):
+        return _axis(0.0, high)
+    return _axis(max(0.0, low - 0.1 * (high - low)), high)
 
 
 def _axis(low: float, high: float) -> Axis:
@@ -203,23 +223,28 @@ def _tick_text(axis: Axis, tick: float) -> str:
 
 
 def _marker(grid: Grid, cell: Cell) -> int:
-    """Index of the shape and colour: one for each depth, and one for explicit extents."""
-    if not cell.on_grid:
+    """Index of shape and colour: by depth, if they suffice; the last is for explicit extents."""
+    if cell.depth is None:
         return _DEPTH_MARKERS
-    return [float(d) for d in grid.depths].index(float(cell.depth or 0)) % _DEPTH_MARKERS
+    return grid.depths.index(cell.depth) if _depth_has_marker(grid) else 0
 
 
-def _legend_text(cell: Cell) -> str:
-    return f"depth {cell.depth:g}" if cell.on_grid else "explicit extents"
+def _depth_has_marker(grid: Grid) -> bool:
+    return len(grid.depths) <= _DEPTH_MARKERS
+
+
+def _legend_text(grid: Grid, cell: Cell) -> str:
+    if cell.depth is None:
+        return "explicit extents"
+    return f"depth {cell.depth:g}" if _depth_has_marker(grid) else "width and depth"
 
 
 def _short_name(grid: Grid, cell: Cell) -> str:
     """A label for the plot: the width alone where marker and legend tell the depth."""
-    if cell.on_grid and len(grid.depths) <= _DEPTH_MARKERS:
+    if cell.on_grid and _depth_has_marker(grid):
         return f"w{cell.width:g}"
-    if len(cell.subnet) <= _LABEL_CHARACTERS:
-        return cell.subnet
-    return cell.subnet[: _LABEL_CHARACTERS - 1] + "…"
+    name = cell.subnet
+    return name if len(name) <= _LABEL_CHARACTERS else name[: _LABEL_CHARACTERS - 1] + "…"
 
 
 def _staircase(front: Sequence[Point]) -> tuple[Box, ...]:

@@ -16,6 +16,9 @@ BACKBONES = {
     "camembert": "roberta",
 }
 
+# Where they are not written down. (All other defaults are the same as BERT's.)
+_ROBERTA_TOKENS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+
 _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -105,7 +108,7 @@ class DynaBertConfig(PreTrainedConfig):
         return BACKBONES[self.backbone] == "roberta"
 
     @property
-    def max_length(self) -> int:
+    def max_tokens(self) -> int:
         """Longest sequence that the position embeddings allow."""
         first = (self.pad_token_id or 0) + 1 if self.is_roberta else 0
         return self.max_position_embeddings - first
@@ -136,4 +139,6 @@ def _from_backbone(found: dict[str, Any], source: Any) -> dict[str, Any]:
     position = found.get("position_embedding_type", "absolute")
     if position != "absolute":
         raise InputError(f"{source} has {position} position embeddings; allowed are absolute ones")
-    return {**found, "model_type": DynaBertConfig.model_type, "backbone": model_type}
+    defaults = _ROBERTA_TOKENS if BACKBONES[model_type] == "roberta" else {}
+    ours = {"model_type": DynaBertConfig.model_type, "backbone": model_type}
+    return {**defaults, **found, **ours}

@@ -7,7 +7,7 @@ output. No module knows a width or a depth: the `Subnet` is an argument of `forw
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -297,7 +297,6 @@ class DynaBertPreTrainedModel(PreTrainedModel):
     def __init__(self, config: DynaBertConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._known_subnets: set[Subnet] = set()
-        self.register_load_state_dict_pre_hook(_load_huggingface_names)
 
     def at(self, subnet: Subnet) -> Self:
         """A light view of this model that runs `subnet` by default and shares every weight.
@@ -315,10 +314,11 @@ class DynaBertPreTrainedModel(PreTrainedModel):
 
     def _choose(self, subnet: Subnet | None) -> Subnet:
         """The sub-network of a call: the argument, or the view's, or the whole model."""
-        subnet = subnet or self._default_subnet or Subnet.full(self.config)
+        if subnet is None:
+            subnet = self._default_subnet or Subnet.full(self.config)
+        if not isinstance(subnet, Subnet):
+            raise InputError(f"subnet must be a Subnet, got {type(subnet).__name__}")
         if subnet not in self._known_subnets:
-            if not isinstance(subnet, Subnet):
-                raise InputError(f"subnet must be a Subnet, got {type(subnet).__name__}")
             subnet.check(self.config)
             self._known_subnets.add(subnet)
         return subnet
@@ -414,16 +414,13 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         if self.rewiring is not None and kwargs.get("is_main_process", True):
             self.rewiring.save(save_directory)
 
-
-def _load_huggingface_names(
-    module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
-) -> None:
-    """Let `load_state_dict` take what `save_pretrained` wrote (Trainer resumes that way)."""
-    if not prefix and is_huggingface(state):
-        assert isinstance(module, DynaBertPreTrainedModel)
-        converted = from_huggingface(state, module.config, module._has_head)
-        state.clear()
-        state.update(converted)
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As in torch; also takes what `save_pretrained` wrote (Trainer resumes that way)."""
+        if is_huggingface(state_dict):
+            state_dict = from_huggingface(state_dict, self.config, self._has_head)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
 class _Encoder(nn.Module):
@@ -463,12 +460,11 @@ class DynaBertModel(DynaBertPreTrainedModel):
         attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
-        subnet: Subnet | None,
+        subnet: Subnet,
         keep_hidden: bool,
     ) -> tuple[Tensor, list[Tensor], PackedSequences]:
         """The packed last hidden state `[T, D]`, all hidden states if kept, and the packing."""
-        self._check_ids(input_ids)
-        subnet = self._choose(subnet)
+        self._check_ids(input_ids, token_type_ids, position_ids)
         shape = (input_ids.shape[0], input_ids.shape[1])
         packed = PackedSequences.from_mask(shape, attention_mask, input_ids.device)
         x = self.embeddings(input_ids, token_type_ids, position_ids, packed)
@@ -481,21 +477,37 @@ class DynaBertModel(DynaBertPreTrainedModel):
                 hidden.append(x)
         return x, hidden, packed
 
-    def _check_ids(self, input_ids: Tensor) -> None:
-        if input_ids.dim() != 2:
-            raise InputError(f"input_ids must be [batch, length], got {list(input_ids.shape)}")
-        if input_ids.shape[1] > self.config.max_length:
+    def _check_ids(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None
+    ) -> None:
+        config = self.config
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
             raise InputError(
-                f"a sequence may have up to {self.config.max_length} tokens, got "
-                f"{input_ids.shape[1]}; truncate it"
+                f"input_ids must be [batch, length] integers, got {list(input_ids.shape)} "
+                f"{input_ids.dtype}"
             )
-        # On a GPU this check would synchronise; there an id out of range is a device assertion.
-        if input_ids.device.type == "cpu" and input_ids.numel() and not _compiling():
-            low, high = input_ids.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
+        if not 1 <= input_ids.shape[1] <= config.max_tokens:
+            raise InputError(
+                f"a sequence may have 1 to {config.max_tokens} tokens, got {input_ids.shape[1]}; "
+                "truncate it"
+            )
+        for name, ids, count in (
+            ("token ids", input_ids, config.vocab_size),
+            ("token_type_ids", token_type_ids, config.type_vocab_size),
+            ("position_ids", position_ids, config.max_position_embeddings),
+        ):
+            if ids is None:
+                continue
+            if ids.shape != input_ids.shape:
+                raise InputError(f"{name} must be {list(input_ids.shape)}, got {list(ids.shape)}")
+            # On a GPU this check would synchronise; there an id out of range is a device assertion.
+            if ids.device.type != "cpu" or not ids.numel() or _compiling():
+                continue
+            low, high = ids.aminmax()
+            if low < 0 or high >= count:
                 raise InputError(
-                    f"token ids must be in 0 to {self.config.vocab_size - 1}, got {int(low)} to "
-                    f"{int(high)}; is this the checkpoint's own tokenizer?"
+                    f"{name} must be in 0 to {count - 1}, got {int(low)} to {int(high)}; "
+                    "is this the checkpoint's own tokenizer?"
                 )
 
     def forward(
@@ -534,7 +546,7 @@ class DynaBertModel(DynaBertPreTrainedModel):
             attention_mask,
             token_type_ids,
             position_ids,
-            subnet or self._default_subnet,
+            self._choose(subnet),
             keep,
         )
         output = BaseModelOutputWithPooling(
@@ -593,7 +605,7 @@ class DynaBertForSequenceClassification(DynaBertPreTrainedModel):
             attention_mask,
             token_type_ids,
             position_ids,
-            subnet or self._default_subnet,
+            self._choose(subnet),
             keep,
         )
         first = x[packed.offsets[:-1]]

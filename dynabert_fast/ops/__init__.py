@@ -81,7 +81,9 @@ def expand(
     if activation not in ACTIVATIONS:
         raise InputError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     x, weight, bias = _autocast(x, weight, bias)
-    keep_pre = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    keep_pre = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, weight, bias)
+    )
     return autograd.expand(x, weight, bias, extents, rows, activation, keep_pre)
 
 
@@ -281,7 +283,7 @@ def _blocks(
     else:
         extents, counts = list(extent), list(rows)
         _check(
-            len(extents) == len(counts) and sum(counts) == total,
+            0 < len(extents) == len(counts) and min(counts) >= 0 and sum(counts) == total,
             "row blocks must have one extent each and sum to {} rows, got extents {} and rows {}",
             total,
             extents,

@@ -8,6 +8,7 @@ functions and autograd, which `torch.compile` and `torch.export` trace.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynabert_fast.ops.registry import resolve
+from dynabert_fast.ops.registry import forced_backend, resolve, use_backend
 
 _NAMESPACE = "dynabert_fast"
 _library = torch.library.Library(_NAMESPACE, "DEF")
@@ -96,9 +97,15 @@ class Op:
                 if isinstance(output, tuple):
                     ctx.mark_non_differentiable(*output[1:])
                 ctx.set_materialize_grads(False)
+                ctx.forced = forced_backend()
                 setup(ctx, inputs, output)
 
-            backward = staticmethod(torch.autograd.function.once_differentiable(first_grad_only))
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+                # Autograd may run this in a thread of its own, which does not inherit the choice.
+                with use_backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
+                    return first_grad_only(ctx, *grads)
 
         torch.library.register_autograd(
             f"{_NAMESPACE}::{name}", first_grad_only, setup_context=setup, lib=_library

@@ -43,10 +43,13 @@ def _mix32(h: Tensor) -> Tensor:
 def keep_mask(seed: Tensor, rows: Tensor, columns: Tensor, p: float) -> Tensor:
     """Dropout's keep mask as a function of (seed, row, column), the same in every backend.
 
-    `bits = mix(mix(row ^ low32(seed)) ^ (column * golden + high32(seed)))`, kept iff
-    `bits >= p * 2^32`. `rows` and `columns` are int64 and broadcast against each other.
+    With `high = high32(seed)` and `low = mix(low32(seed) ^ mix(high))`,
+    `bits = mix(mix(row ^ low) ^ (column * golden + high))`, kept iff `bits >= p * 2^32`. (Without the
+    mixing of `low`, neighbouring seeds would give the same mask with its rows in another order.)
+    `rows` and `columns` are int64 and broadcast against each other.
     """
-    low, high = seed & _MASK32, (seed >> 32) & _MASK32
+    high = (seed >> 32) & _MASK32
+    low = _mix32((seed & _MASK32) ^ _mix32(high))
     bits = _mix32(_mix32((rows ^ low) & _MASK32) ^ ((columns * _GOLDEN + high) & _MASK32))
     return bits >= round(p * 2**32)
 
@@ -293,13 +296,30 @@ def _context(x: Tensor, token: Tensor, heads: int, head_size: int) -> Tensor:
 # --- LayerNorm and embedding --------------------------------------------------------------------
 
 
+def _layer_norm(
+    z: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of z `[T, D]` in z's type, with mean and 1/std `[T, 1]` in at least float32.
+
+    Computed in float32 throughout: torch on a CPU would round bfloat16's mean and 1/std to bfloat16.
+    """
+    wide = torch.promote_types(z.dtype, torch.float32)
+    y, mean, rstd = torch.native_layer_norm(
+        z.to(wide), [z.shape[-1]], weight.to(wide), bias.to(wide), eps
+    )
+    return y.to(z.dtype), mean, rstd
+
+
 def _layer_norm_backward(
     grad: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of z `[T, D]`, weight `[D]` and bias `[D]`."""
-    return torch.ops.aten.native_layer_norm_backward(
-        grad.contiguous(), z, [z.shape[-1]], mean, rstd, weight, weight, [True, True, True]
+    wide = torch.promote_types(z.dtype, torch.float32)
+    gamma = weight.to(wide)
+    grads = torch.ops.aten.native_layer_norm_backward(
+        grad.to(wide), z.to(wide), [z.shape[-1]], mean, rstd, gamma, gamma, [True, True, True]
     )
+    return tuple(g.to(z.dtype) for g in grads)
 
 
 def residual_norm(
@@ -313,7 +333,7 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`LayerNorm(z)` of `z = dropout(x) + residual`; also z and the rows' mean and 1/std."""
     z = _dropout(x, p, seed) + residual
-    y, mean, rstd = torch.native_layer_norm(z, [z.shape[-1]], weight, bias, eps)
+    y, mean, rstd = _layer_norm(z, weight, bias, eps)
     return y, z, mean, rstd
 
 
@@ -347,7 +367,7 @@ def embed(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`dropout(LayerNorm(z))` of the three embeddings' sum z; also z, mean and 1/std."""
     z = word[input_ids] + token_type[token_type_ids] + position[position_ids]
-    y, mean, rstd = torch.native_layer_norm(z, [z.shape[-1]], weight, bias, eps)
+    y, mean, rstd = _layer_norm(z, weight, bias, eps)
     return _dropout(y, p, seed), z, mean, rstd
 
 

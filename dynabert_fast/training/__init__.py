@@ -1,0 +1,25 @@
+"""DynaBERT's training stages on the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+from dynabert_fast.training.losses import Distillation, distillation_loss, matched_layers
+from dynabert_fast.training.stages import (
+    Stage,
+    StageData,
+    TrainingOptions,
+    run_stage,
+    stages,
+)
+from dynabert_fast.training.trainer import ElasticTrainer
+
+__all__ = [
+    "Distillation",
+    "ElasticTrainer",
+    "Stage",
+    "StageData",
+    "TrainingOptions",
+    "distillation_loss",
+    "matched_layers",
+    "run_stage",
+    "stages",
+]

@@ -1,0 +1,298 @@
+"""The stages of DynaBERT training, each from one checkpoint folder to the next.
+
+| stage    | student / teacher                            | sub-networks | loss                  |
+|----------|----------------------------------------------|--------------|-----------------------|
+| finetune | the pretrained encoder / none                | full         | labels                |
+| width    | the rewired model / the fine-tuned model     | all widths   | SCE + 0.1 sum of MSE  |
+| depth    | stage "width"'s model / the same, fixed      | whole grid   | SCE + sum of MSE      |
+| final    | stage "depth"'s model / none                 | whole grid   | labels                |
+
+Hyper-parameters are the paper's for every stage: learning rate 2e-5, batch 32, 3 epochs, linear decay,
+AdamW without weight decay, gradients clipped at 1.0.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from dynabert_fast.data import Collator, EncodedDataset
+from dynabert_fast.errors import InputError
+from dynabert_fast.files import new_folder, whole_folder
+from dynabert_fast.models import DynaBertForSequenceClassification
+from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
+from dynabert_fast.training.losses import Distillation
+from dynabert_fast.training.trainer import GRID_SUM, ElasticTrainer, checkpoints
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage trains.
+
+    Attributes:
+        name: Its name.
+        widths: Width multipliers trained together.
+        depths: Depth multipliers trained together.
+        recipe: The distillation loss; `None` trains on labels.
+    """
+
+    name: str
+    widths: tuple[float, ...]
+    depths: tuple[float, ...]
+    recipe: Distillation | None
+
+    def subnets(self, model: DynaBertForSequenceClassification) -> tuple[Subnet, ...]:
+        """Its sub-networks in training order: depth outer, width inner, descending."""
+        return grid(model.config, self.widths, self.depths)
+
+
+def stages(
+    widths: Sequence[float] = WIDTHS,
+    depths: Sequence[float] = DEPTHS,
+    recipe: Distillation | None = None,
+) -> dict[str, Stage]:
+    """The four stages by name.
+
+    Args:
+        widths: Of the grid.
+        depths: Of the grid.
+        recipe: Instead of the paper's weights in both distillation stages.
+    """
+    widths, depths = tuple(widths), tuple(depths)
+    return {
+        "finetune": Stage("finetune", (1.0,), (1.0,), None),
+        "width": Stage("width", widths, (1.0,), recipe or Distillation(hidden=0.1)),
+        "depth": Stage("depth", widths, depths, recipe or Distillation(hidden=1.0)),
+        "final": Stage("final", widths, depths, None),
+    }
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Hyper-parameters of a stage; the defaults are the paper's.
+
+    Attributes:
+        learning_rate: Peak learning rate of AdamW.
+        batch_size: Examples per step and process.
+        epochs: Passes over the training data.
+        max_steps: Stop after so many optimiser steps instead (-1: do not).
+        warmup: Share of the steps with a rising learning rate; default 0, and 0.06 for RoBERTa.
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradients are clipped at this norm once a step, over all sub-networks.
+        gradient_accumulation: Batches whose gradients make one step.
+        precision: `fp32`, or `bf16` / `fp16` autocast.
+        eval_batch_size: Examples per batch in evaluation.
+        save_every: Also save a checkpoint every so many steps (0: after each epoch only).
+        seed: Of the data order and of dropout.
+    """
+
+    learning_rate: float = 2e-5
+    batch_size: int = 32
+    epochs: float = 3.0
+    max_steps: int = -1
+    warmup: float | None = None
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_accumulation: int = 1
+    precision: Precision = "fp32"
+    eval_batch_size: int = 64
+    save_every: int = 0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot train."""
+        for name in ("learning_rate", "batch_size", "epochs", "gradient_accumulation", "eval_batch_size"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.warmup is not None and not 0 <= self.warmup < 1:
+            raise InputError(f"warmup is a share of the steps in [0, 1), got {self.warmup}")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise InputError(f"precision must be fp32, bf16 or fp16, got {self.precision!r}")
+
+    def arguments(self, output: Path, is_roberta: bool, progress: bool = True) -> TrainingArguments:
+        """The Hugging Face training arguments."""
+        import torch
+
+        warmup = self.warmup if self.warmup is not None else 0.06 if is_roberta else 0.0
+        return TrainingArguments(
+            output_dir=str(output),
+            learning_rate=self.learning_rate,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=self.eval_batch_size,
+            num_train_epochs=self.epochs,
+            max_steps=self.max_steps,
+            warmup_steps=warmup,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            gradient_accumulation_steps=self.gradient_accumulation,
+            lr_scheduler_type="linear",
+            adam_epsilon=1e-8,
+            bf16=self.precision == "bf16",
+            fp16=self.precision == "fp16",
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            load_best_model_at_end=True,
+            metric_for_best_model=GRID_SUM,
+            greater_is_better=True,
+            logging_steps=50,
+            seed=self.seed,
+            report_to="none",
+            disable_tqdm=not progress,
+            use_cpu=not torch.cuda.is_available(),
+            # A layer that a step's last sub-network drops has its gradient from the earlier ones.
+            ddp_find_unused_parameters=True,
+            remove_unused_columns=False,
+        )
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What every stage of one task shares, tokenised once.
+
+    Attributes:
+        train: Training examples.
+        dev: Development examples; they choose the best checkpoint.
+        collator: Pads a batch.
+        tokenizer: Saved beside the model.
+        metric: Primary metric, as `compute_metrics` takes it.
+    """
+
+    train: EncodedDataset
+    dev: EncodedDataset
+    collator: Collator
+    tokenizer: PreTrainedTokenizerBase
+    metric: str
+
+
+def run_stage(
+    stage: Stage,
+    model: DynaBertForSequenceClassification,
+    data: StageData,
+    output: str | Path,
+    options: TrainingOptions | None = None,
+    teacher: DynaBertForSequenceClassification | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """Train one stage and save the best checkpoint's model and tokenizer as `output`.
+
+    `output` appears when it is whole. Checkpoints live in `<output>.checkpoints` until then; with
+    `resume`, an interrupted run goes on from the last of them and ends with the same weights.
+
+    Args:
+        stage: What to train.
+        model: The student; left with the best checkpoint's weights.
+        data: The task.
+        output: Folder to make.
+        options: Hyper-parameters.
+        teacher: The fixed teacher, for stages that distil.
+        resume: Go on where an interrupted run stopped; nothing is done if `output` is there.
+        progress: Show progress bars.
+
+    Raises:
+        InputError: `output` or its checkpoints exist (without `resume`), or the teacher is missing.
+        SaveError: A checkpoint could not be written.
+    """
+    output, options = Path(output), options or TrainingOptions()
+    if stage.recipe is not None and teacher is None:
+        raise InputError(f"stage {stage.name} distils: give the teacher's checkpoint")
+    run = output.with_name(f"{output.name}.checkpoints")
+    if resume and output.is_dir():
+        return
+    new_folder(output)
+    last = _last_checkpoint(run, resume)
+    trainer = ElasticTrainer(
+        model=model,
+        args=options.arguments(run, model.config.is_roberta, progress),
+        subnets=stage.subnets(model),
+        train_dataset=data.train,
+        eval_dataset=data.dev,
+        data_collator=data.collator,
+        metric=data.metric,
+        teacher=teacher if stage.recipe is not None else None,
+        recipe=stage.recipe,
+        save_every=options.save_every,
+        processing_class=data.tokenizer,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Progress(stage.name) if progress else _Log(stage.name))
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if trainer.is_world_process_zero():
+        with whole_folder(output) as aside:
+            model.save_pretrained(aside)
+            data.tokenizer.save_pretrained(aside)
+        shutil.rmtree(run, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _last_checkpoint(run: Path, resume: bool) -> Path | None:
+    found = checkpoints(run)
+    if found and not resume:
+        raise InputError(
+            f"{run} holds an interrupted run; add --resume (resume=True) to go on, or delete it"
+        )
+    return found[-1][1] if found else None
+
+
+class _Log(TrainerCallback):
+    """One short line per report."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Print the loss, or the grid's mean and ends after an evaluation."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        where = f"{self.stage}: step {state.global_step}/{state.max_steps}"
+        if f"eval_{GRID_SUM}" in logs:
+            self.write(f"{where}, {_describe_grid(logs)}")
+        elif "loss" in logs:
+            self.write(f"{where}, loss {logs['loss']:.4f}, rate {logs['learning_rate']:.2e}")
+
+
+class _Progress(ProgressCallback):
+    """Progress bars with one short line per report."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self.log = _Log(stage)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if self.training_bar is not None:
+            self.log.write = self.training_bar.write  # type: ignore[method-assign]
+        self.log.on_log(args, state, control, logs=logs)
+
+
+def _describe_grid(logs: dict[str, float]) -> str:
+    """`accuracy 0.873 (full) 0.812 (smallest) 0.851 (mean of 12)`, from the log of an evaluation."""
+    cells: dict[str, tuple[str, float]] = {}
+    for key, value in logs.items():
+        parts = key.split("_", 2)  # eval_<sub-network>_<metric>; the first metric is the primary one
+        if len(parts) == 3 and parts[1].startswith(("w", "l")):
+            cells.setdefault(parts[1], (parts[2], value))
+    names = list(cells)
+    metric = cells[names[0]][0]
+    if len(names) == 1:
+        return f"{metric} {cells[names[0]][1]:.4f}"
+    mean = logs[f"eval_{GRID_SUM}"] / len(names)
+    ends = " to ".join(f"{name} {cells[name][1]:.4f}" for name in (names[0], names[-1]))
+    return f"{metric}: {ends}, mean of {len(names)} {mean:.4f}"
+
+

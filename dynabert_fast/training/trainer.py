@@ -1,0 +1,252 @@
+"""`ElasticTrainer`: the Hugging Face Trainer, with a set of sub-networks in every step.
+
+Logging, schedules, mixed precision, gradient accumulation, callbacks and distributed training are
+the Trainer's. Added here: the loss over sub-networks, evaluation over a grid, data order and
+checkpoints that make an interrupted run end with the weights of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from dynabert_fast.data import Collator, EncodedDataset, LengthGroupedSampler
+from dynabert_fast.evaluation.grid import make_batches, score_grid, total_score
+from dynabert_fast.files import whole_folder
+from dynabert_fast.models import DynaBertForSequenceClassification
+from dynabert_fast.subnet import Subnet
+from dynabert_fast.training.losses import Distillation, distillation_loss, matched_layers
+
+#: Name of the sum of the primary metric over the grid, which chooses the best checkpoint.
+GRID_SUM = "grid_sum"
+
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+
+class ElasticTrainer(Trainer):
+    """Trains sub-networks of one model together: each step sums their gradients.
+
+    Args:
+        model: The student.
+        args: Hugging Face training arguments, see `stages.training_arguments`.
+        subnets: Sub-networks of every step, in order.
+        train_dataset: Encoded examples.
+        eval_dataset: Encoded examples with labels, for the grid.
+        data_collator: Pads a batch.
+        metric: Primary metric, as `compute_metrics` takes it.
+        eval_subnets: Sub-networks to evaluate; default `subnets`.
+        teacher: With `recipe`: the fixed model that the student learns from. Without, the student
+            learns from labels.
+        recipe: The distillation loss.
+        save_every: Also save a checkpoint every so many steps (0: only after each epoch).
+        **kwargs: Of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: DynaBertForSequenceClassification,
+        args: TrainingArguments,
+        subnets: Sequence[Subnet],
+        train_dataset: EncodedDataset,
+        eval_dataset: EncodedDataset,
+        data_collator: Collator,
+        metric: str,
+        eval_subnets: Sequence[Subnet] | None = None,
+        teacher: DynaBertForSequenceClassification | None = None,
+        recipe: Distillation | None = None,
+        save_every: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        assert (teacher is None) == (recipe is None), "a teacher and a recipe go together"
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            **kwargs,
+        )
+        self.subnets = tuple(subnets)
+        self.eval_subnets = tuple(eval_subnets or subnets)
+        self.metric = metric
+        self.recipe = recipe
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.to(self.args.device).eval().requires_grad_(False)
+        self._eval_batches = make_batches(
+            eval_dataset, data_collator, args.per_device_eval_batch_size
+        )
+        if save_every:
+            self.add_callback(_SaveEvery(save_every))
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Forward and backward of every sub-network; gradients add up in the parameters.
+
+        Returns:
+            The sum of the sub-networks' losses, detached.
+        """
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        teaching: dict[Subnet, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        total = torch.zeros((), device=self.args.device)
+        for i, subnet in enumerate(self.subnets):
+            # Processes exchange gradients once a step, in the last backward.
+            last = i == len(self.subnets) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self._subnet_loss(model, inputs, subnet, teaching)
+                    loss = loss / self.current_gradient_accumulation_steps
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _subnet_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        subnet: Subnet,
+        teaching: dict[Subnet, tuple[Tensor, tuple[Tensor, ...]]],
+    ) -> Tensor:
+        """Loss of one sub-network: from labels, or from its teacher (whose passes are kept)."""
+        if self.recipe is None or self.teacher is None:
+            return model(**inputs, subnet=subnet).loss
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        hidden = self.recipe.hidden > 0
+        of = self.recipe.teacher_subnet(self.teacher.config, subnet)
+        if of not in teaching:
+            with torch.no_grad(), self.accelerator.autocast():
+                output = self.teacher(
+                    **inputs, subnet=of, output_hidden_states=hidden, unpack=False
+                )
+            teaching[of] = (output.logits, output.hidden_states or ())
+        output = model(**inputs, subnet=subnet, output_hidden_states=hidden, unpack=False)
+        logits, states = teaching[of]
+        wanted = [states[i] for i in matched_layers(subnet, of)] if hidden else []
+        return distillation_loss(
+            self.recipe, output.logits, logits, output.hidden_states or (), wanted
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        """Batches of like length, in an order that only (seed, epoch) decide."""
+        dataset = train_dataset or self.train_dataset
+        size = self.args.train_batch_size * self.args.world_size
+        return LengthGroupedSampler(dataset.lengths, size, self.args.seed)
+
+    # --- evaluation -------------------------------------------------------------------------------
+
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: EncodedDataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate every sub-network of `eval_subnets`.
+
+        Returns:
+            `<prefix>_<sub-network>_<metric>` for each, and `<prefix>_grid_sum`, the sum of the
+            primary metric over them.
+        """
+        batches = self._eval_batches
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            size = self.args.per_device_eval_batch_size
+            batches = make_batches(eval_dataset, self.data_collator, size)
+        scores = score_grid(
+            self.model, batches, self.eval_subnets, self.metric, progress=not self.args.disable_tqdm
+        )
+        metrics = {
+            f"{metric_key_prefix}_{subnet}_{name}": value
+            for subnet, values in scores.items()
+            for name, value in values.items()
+        }
+        metrics[f"{metric_key_prefix}_{GRID_SUM}"] = total_score(scores)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint that is whole or absent, then delete what is neither best nor last."""
+        run = Path(self.args.output_dir)
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.store_flos()
+        self.state.best_model_checkpoint = self._best_checkpoint(run)
+        writer = whole_folder(folder) if self.args.should_save else _shared(folder)
+        with writer as aside:
+            self.accelerator.wait_for_everyone()  # the folder is there
+            self.save_model(str(aside), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(aside))
+            self._save_scaler(str(aside))
+            self._save_rng_state(str(aside))
+            if self.args.should_save:
+                self._save_callbacks()
+                self.state.save_to_json(str(aside / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()  # everyone has written
+        self.accelerator.wait_for_everyone()  # it has its name
+        if self.args.should_save:
+            self._delete_old_checkpoints(run, folder)
+
+    def _best_checkpoint(self, run: Path) -> str | None:
+        """Folder of the best step so far: that of this save, or one that is there."""
+        step = self.state.best_global_step
+        if not step:
+            return None
+        best = run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        return str(best) if step == self.state.global_step or best.is_dir() else None
+
+    def _save_callbacks(self) -> None:
+        """Put the state of callbacks that export one into the trainer's state."""
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+
+    def _delete_old_checkpoints(self, run: Path, newest: Path) -> None:
+        keep = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
+        for step, folder in checkpoints(run):
+            if folder.name not in keep and step < self.state.global_step:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class _SaveEvery(TrainerCallback):
+    """Asks for a checkpoint every so many steps, whatever the evaluation strategy is."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        control.should_save |= state.global_step % self.steps == 0
+
+
+@contextlib.contextmanager
+def _shared(folder: Path) -> Any:
+    """The folder that the main process is filling, for the others to add to."""
+    yield folder.with_name(f".{folder.name}.saving")
+
+
+def checkpoints(run: str | Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints under an output folder, oldest first."""
+    folders = Path(run).iterdir() if Path(run).is_dir() else ()
+    found = ((_CHECKPOINT.fullmatch(folder.name), folder) for folder in folders)
+    return sorted((int(match[1]), folder) for match, folder in found if match)

@@ -116,13 +116,21 @@ def _collect(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _paragraphs(file: Path) -> Iterator[str]:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, documented):
-            for paragraph in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
-                text = " ".join(paragraph.split())
-                if _is_prose(text):
-                    yield text
+    for docstring in _docstrings(ast.parse(file.read_bytes())):
+        for paragraph in re.split(r"\n\s*\n", docstring):
+            text = " ".join(paragraph.split())
+            if _is_prose(text):
+                yield text
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    """The docstrings of a module, class or function and of all that is defined inside."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield ast.get_docstring(node) or ""
+    for child in ast.iter_child_nodes(node):
+        # Not expressions, which are most of a tree and define nothing.
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield from _docstrings(child)
 
 
 def _is_prose(text: str) -> bool:

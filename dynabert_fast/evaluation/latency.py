@@ -7,14 +7,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import transformers
 from tqdm.auto import tqdm
 
+from dynabert_fast import __version__
 from dynabert_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -128,8 +129,8 @@ def environment(model: PreTrainedModel) -> dict[str, str]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
-        "dynabert_fast": _own_version(),
+        "transformers": transformers.__version__,
+        "dynabert_fast": __version__,
     }
 
 
@@ -164,10 +165,3 @@ def _cpu_name() -> str:
             if key.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
-
-
-def _own_version() -> str:
-    try:
-        return metadata.version("dynabert-fast")
-    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return "not installed"

@@ -149,7 +149,7 @@ def _highlights(grid: Grid) -> list[tuple[str, Cell]]:
         return [("Fastest", by_time[0])]
     chosen = [("Whole model", full)]
     if is_fraction(grid.metric):
-        near = next(c for c in by_time if grid.score(c) >= grid.score(full) - 0.01 - 1e-9)
+        near = next(c for c in by_time if grid.score(c) >= grid.score(full) - 0.01)
         if near not in (full, by_time[0]):
             chosen.append(("Fastest within one point of it", near))
     if by_time[0] != full:

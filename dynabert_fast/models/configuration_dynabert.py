@@ -120,10 +120,14 @@ class DynaBertConfig(PreTrainedConfig):
         """Read a configuration, translating that of a plain BERT or RoBERTa checkpoint.
 
         Raises:
-            InputError: The checkpoint is of another architecture.
+            InputError: There is no configuration, or it is of another architecture.
         """
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return _from_backbone(found, pretrained_model_name_or_path) if found else found, kwargs
+        if not found:
+            raise InputError(
+                f"{pretrained_model_name_or_path} holds no config.json; name the folder of a checkpoint"
+            )
+        return _from_backbone(found, pretrained_model_name_or_path), kwargs
 
 
 def _from_backbone(found: dict[str, Any], source: Any) -> dict[str, Any]:

@@ -115,12 +115,27 @@ def _base_from_huggingface(state: State, config: DynaBertConfig) -> State:
             converted[match[1] + transposed[match[2]]] = tensor.t().contiguous()
         elif match[2].startswith("attention.self.query."):
             kind = match[2].rpartition(".")[2]
-            parts = [state[f"{match[1]}attention.self.{part}.{kind}"] for part in _QKV]
-            heads = [p.unflatten(0, (-1, config.head_size)) for p in parts]  # [H, d, ...]
-            converted[f"{match[1]}attention.qkv.{kind}"] = torch.stack(heads, 1)
+            names = [f"{match[1]}attention.self.{part}.{kind}" for part in _QKV]
+            converted[f"{match[1]}attention.qkv.{kind}"] = _stack_heads(
+                state, names, config.head_size
+            )
         elif not match[2].startswith("attention.self."):
             converted[name] = tensor
     return converted
+
+
+def _stack_heads(state: State, names: list[str], head_size: int) -> Tensor:
+    """`[H, 3, d, ...]` of the query's, key's and value's `[H * d, ...]`."""
+    if missing := [name for name in names if name not in state]:
+        raise InputError(f"the checkpoint lacks {missing[0]}; copy or save it again")
+    parts = [state[name] for name in names]
+    rows = [len(part) for part in parts]
+    if len(set(rows)) > 1 or rows[0] % head_size:
+        raise InputError(
+            f"{names[0]}, its key and its value must have equally many rows, a multiple of the head "
+            f"size {head_size}, got {rows}; the configuration is of another checkpoint"
+        )
+    return torch.stack([part.unflatten(0, (-1, head_size)) for part in parts], 1)
 
 
 def to_huggingface(state: State, config: DynaBertConfig) -> State:
@@ -183,8 +198,12 @@ def _find(source: str, name: str, hub: dict[str, Any]) -> str | None:
 def _read_shards(source: str, index: Path, hub: dict[str, Any]) -> State:
     import json
 
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{index} cannot be read ({error}); copy or save it again") from error
     state: State = {}
-    for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+    for name in names:
         path = _find(source, name, hub)
         if path is None:
             raise InputError(f"{source} lacks {name}, which {index.name} names; copy it again")
@@ -200,8 +219,10 @@ def _read_tensors(path: Path) -> State:
 
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            # Copied out of the memory map: mapped weights would change with the file, and lie at
+            # addresses for which a BLAS may round differently than for the model that was saved.
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{path} cannot be read ({reason}); copy or save it again") from error

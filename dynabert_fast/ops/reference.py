@@ -16,7 +16,6 @@ from torch.nn import functional as F  # noqa: N812 (the name torch users know)
 
 from dynabert_fast.ops.registry import Backend, register
 
-_MASK32 = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive columns over the 32-bit range
 
 
@@ -31,27 +30,36 @@ def _blocks(extents: Sequence[int], rows: Sequence[int]) -> Iterator[tuple[slice
 # --- dropout ------------------------------------------------------------------------------------
 
 
-def _mix32(h: Tensor) -> Tensor:
-    """A 32-bit finaliser (C. Wellons' lowbias32) on int64 tensors that hold 32-bit values."""
-    h = h ^ (h >> 16)
-    h = (h * 0x7FEB352D) & _MASK32
-    h = h ^ (h >> 15)
-    h = (h * 0x846CA68B) & _MASK32
-    return h ^ (h >> 16)
+def _wrap32(value: int) -> int:
+    """The int32 with the low 32 bits of `value`."""
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def _mix32_(h: Tensor) -> Tensor:
+    """C. Wellons' 32-bit finaliser lowbias32, in place on int32; masks make the shifts logical."""
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
+    h *= 0x7FEB352D
+    h ^= (h >> 15).bitwise_and_(0x1FFFF)
+    h *= _wrap32(0x846CA68B)
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
+    return h
 
 
 def keep_mask(seed: Tensor, rows: Tensor, columns: Tensor, p: float) -> Tensor:
     """Dropout's keep mask as a function of (seed, row, column), the same in every backend.
 
     With `high = high32(seed)` and `low = mix(low32(seed) ^ mix(high))`,
-    `bits = mix(mix(row ^ low) ^ (column * golden + high))`, kept iff `bits >= p * 2^32`. (Without the
-    mixing of `low`, neighbouring seeds would give the same mask with its rows in another order.)
-    `rows` and `columns` are int64 and broadcast against each other.
+    `bits = mix(mix(row ^ low) ^ (column * golden + high))`, kept iff `bits >= p * 2^32`, all in
+    unsigned 32-bit arithmetic. (Without the mixing of `low`, neighbouring seeds would give the same
+    mask with its rows in another order.) `rows` and `columns` are integers below 2^31 and broadcast
+    against each other.
     """
-    high = (seed >> 32) & _MASK32
-    low = _mix32((seed & _MASK32) ^ _mix32(high))
-    bits = _mix32(_mix32((rows ^ low) & _MASK32) ^ ((columns * _GOLDEN + high) & _MASK32))
-    return bits >= round(p * 2**32)
+    high, low = (seed >> 32).int(), seed.int()  # int() keeps the low 32 bits
+    low = _mix32_(low ^ _mix32_(high.clone()))
+    rows = _mix32_(rows.int() ^ low)
+    bits = _mix32_(rows ^ (columns.int() * _wrap32(_GOLDEN) + high))
+    # Unsigned comparison: flipping the sign bit maps it to the signed one.
+    return (bits ^ _wrap32(2**31)) >= round(p * 2**32) - 2**31
 
 
 def _dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -60,7 +68,7 @@ def _dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         return x
     rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
     columns = torch.arange(x.shape[1], device=x.device)
-    return x * keep_mask(seed, rows, columns, p) * (1 / (1 - p))
+    return (x * (1 / (1 - p))).masked_fill_(~keep_mask(seed, rows, columns, p), 0)
 
 
 # --- matrix products ----------------------------------------------------------------------------
@@ -114,17 +122,38 @@ def expand_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x `[T, D]`, weight `[K, D]` and bias `[K]` (empty where not needed)."""
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    grad_weight, grad_bias = _zeros_beyond(weight, extents, need_weight)
+    pre_grads = []
     for block, k in _blocks(extents, rows):
         g = grad[block, :k]
         if activation:
             g = _activate_backward(g, pre[block, :k], activation)
         if need_x:
             torch.mm(g, weight[:k], out=grad_x[block])
-        if need_weight:
-            grad_weight[:k].addmm_(g.T, x[block])
-            grad_bias[:k] += g.sum(0)
-    return grad_x, grad_weight, grad_bias
+        pre_grads.append(g)
+    if not need_weight:
+        return grad_x, x.new_empty(0), x.new_empty(0)
+    grad_bias = weight.new_zeros(weight.shape[0])
+    for g in pre_grads:
+        grad_bias[: g.shape[1]] += g.sum(0)
+    inputs = [x[block] for block, _ in _blocks(extents, rows)]
+    return grad_x, _weight_gradient(weight, pre_grads, inputs), grad_bias
+
+
+def _weight_gradient(weight: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Sum over blocks of `left.T @ right` in the first rows of a tensor like `weight`, zero after.
+
+    Rows are written once where one block reaches them, so that one extent costs no zero-filling.
+    """
+    grad = torch.empty_like(weight)
+    done = 0
+    for a, b in zip(left, right, strict=True):
+        if done:
+            grad[: min(done, a.shape[1])].addmm_(a[:, :done].T, b)
+        if a.shape[1] > done:
+            torch.mm(a[:, done:].T, b, out=grad[done : a.shape[1]])
+            done = a.shape[1]
+    grad[done:].zero_()
+    return grad
 
 
 def contract(
@@ -148,22 +177,15 @@ def contract_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x `[T, K]`, weight_t `[N, D]` and bias `[D]` (empty where not needed)."""
     grad_x = torch.zeros_like(x) if need_x else x.new_empty(0)
-    grad_weight, _ = _zeros_beyond(weight_t, extents, need_weight)
+    inputs, grads = [], []
     for block, k in _blocks(extents, rows):
         if need_x:
             grad_x[block, :k] = grad[block] @ weight_t[:k].T
-        if need_weight:
-            grad_weight[:k].addmm_(x[block, :k].T, grad[block])
-    return grad_x, grad_weight, grad.sum(0) if need_weight else x.new_empty(0)
-
-
-def _zeros_beyond(
-    weight: Tensor, extents: Sequence[int], need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """Zeroed gradient buffers of a weight `[K, D]` and of its per-row bias `[K]`."""
+        inputs.append(x[block, :k])
+        grads.append(grad[block])
     if not need_weight:
-        return weight.new_empty(0), weight.new_empty(0)
-    return torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
+        return grad_x, x.new_empty(0), x.new_empty(0)
+    return grad_x, _weight_gradient(weight_t, inputs, grads), grad.sum(0)
 
 
 # --- attention ----------------------------------------------------------------------------------
@@ -273,7 +295,7 @@ def attention_backward(
         grad_p = (grad_out @ v.transpose(-1, -2)).to(lse.dtype)
         kept = probabilities
         if seed is not None:
-            keep = _attention_keep(grad_p, token - first, p, seed) * (1 / (1 - p))
+            keep = _attention_keep(grad_p, token - first, p, seed).to(lse.dtype) * (1 / (1 - p))
             grad_p, kept = grad_p * keep, probabilities * keep
         grad_s = (probabilities * (grad_p - delta) * head_size**-0.5).to(qkv.dtype)
         grads = torch.stack(  # [3, B, H, S, d]

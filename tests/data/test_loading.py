@@ -50,7 +50,9 @@ MNLI = (
 MNLI_TRAIN, MNLI_DEV = MNLI.format("label1"), MNLI.format("label1,label2,label3,label4,label5")
 
 
-def pair(label_column: str, label: str, first: str = "sentence1", second: str = "sentence2") -> dict:
+def pair(
+    label_column: str, label: str, first: str = "sentence1", second: str = "sentence2"
+) -> dict[str, str]:
     return {first: "One text.", second: 'A "second', label_column: label}
 
 
@@ -69,7 +71,16 @@ def qnli(label: str) -> str:
 # task, folder, train file and content, dev file and content, expected labels
 GLUE = [
     ("mrpc", "MRPC", "train.tsv", mrpc("1"), "dev.tsv", mrpc("0"), 1, 0),
-    ("mrpc", "MRPC", "msr_paraphrase_train.txt", mrpc("1"), "msr_paraphrase_test.txt", mrpc("0"), 1, 0),
+    (
+        "mrpc",
+        "MRPC",
+        "msr_paraphrase_train.txt",
+        mrpc("1"),
+        "msr_paraphrase_test.txt",
+        mrpc("0"),
+        1,
+        0,
+    ),
     ("qqp", "QQP", "train.tsv", qqp("1"), "dev.tsv", qqp("0"), 1, 0),
     ("qnli", "QNLI", "train.tsv", qnli("entailment"), "dev.tsv", qnli("not_entailment"), 0, 1),
     (
@@ -159,7 +170,10 @@ def test_glue_cola_has_no_header(write: Write, tmp_path: Path) -> None:
 
 
 def test_glue_trec_is_latin_1_and_coarse(write: Write, tmp_path: Path) -> None:
-    write("train_5500.label", "NUM:dist How far ?\nLOC:city Where is Orl\u00e9ans ?\n".encode("latin-1"))
+    write(
+        "train_5500.label",
+        "NUM:dist How far ?\nLOC:city Where is Orl\u00e9ans ?\n".encode("latin-1"),
+    )
     write("TREC_10.label", "NUM:date When ?\n")
     data = load_glue("trec", tmp_path)
     assert data.train == Examples(["How far ?", "Where is Orl\u00e9ans ?"], None, [1, 0])
@@ -171,7 +185,9 @@ SST2 = "sentence\tlabel\nfine\t1\npoor\t0\n"
 
 
 @pytest.mark.parametrize("folder", [".", "SST-2", "sst2", "SST_2", "glue_data/SST-2"])
-def test_glue_folder_is_the_tasks_own_or_its_parent(write: Write, tmp_path: Path, folder: str) -> None:
+def test_glue_folder_is_the_tasks_own_or_its_parent(
+    write: Write, tmp_path: Path, folder: str
+) -> None:
     write(f"{folder}/train.tsv", SST2)
     write(f"{folder}/dev.tsv", SST2)
     parent = tmp_path / "glue_data" if "glue_data" in folder else tmp_path
@@ -192,21 +208,27 @@ def test_glue_qqp_leaves_out_torn_rows_and_says_so(write: Write, tmp_path: Path)
 
 
 def test_glue_bad_input(write: Write, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="rte: .*missing is not a folder; give the one with RTE in it"):
+    with pytest.raises(
+        InputError, match=r"rte: .*missing is not a folder; give the one with RTE in it"
+    ):
         load_glue("rte", tmp_path / "missing")
-    with pytest.raises(InputError, match=r"rte: no train.tsv and dev.tsv in .*, nor in a folder RTE"):
+    with pytest.raises(
+        InputError, match=r"rte: no train.tsv and dev.tsv in .*, nor in a folder RTE"
+    ):
         load_glue("rte", tmp_path)
     write("train.tsv", tsv(INDEXED, pair("label", "entailment")))
     with pytest.raises(InputError, match=r"rte: no train.tsv and dev.tsv"):
         load_glue("rte", tmp_path)
     write("dev.tsv", tsv(INDEXED, pair("label", "unknown")))
-    with pytest.raises(InputError, match=r"dev.tsv, line 2: label 'unknown' is not in the label set"):
+    with pytest.raises(
+        InputError, match=r"dev.tsv, line 2: label 'unknown' is not in the label set"
+    ):
         load_glue("rte", tmp_path)
     with pytest.raises(InputError, match=r"no column 'sentence'; its columns are index, sentence1"):
         load_glue("sst2", tmp_path)
-    with pytest.raises(InputError, match=r"line 2: 1 fields where there should be 2 \(label, text\)"):
-        write("TREC_10.label", "NUM:date When ?\nwithout a label\n")
-        write("train_5500.label", "NUM:date When ?\nLOC:city Where ?\n")
+    write("train_5500.label", "NUM:date When ?\nLOC:city Where ?\n")
+    write("TREC_10.label", "NUM:date When ?\nwithout a label\n")
+    with pytest.raises(InputError, match=r"line 2: 1 fields where there should be 2 \(label, "):
         load_glue("trec", tmp_path)
 
 
@@ -218,11 +240,12 @@ def own(train: Path, dev: Path | None = None, **options: Any) -> TaskData:
     return load_files(train, dev, **options)
 
 
-FORMATS = {
+FORMATS: dict[str, str | bytes] = {
     "train.csv": 'text,label\n"a, ""quoted""\ntext",yes\nb,no\n',
     "bom-crlf.csv": b'\xef\xbb\xbftext,label\r\n"a, ""quoted""\ntext",yes\r\n\r\nb,no\r\n',
     "other-order.CSV": 'id,label,text\n1,yes,"a, ""quoted""\ntext"\n2,no,b\n',
-    "train.jsonl": '{"text": "a, \\"quoted\\"\\ntext", "label": "yes"}\n\n{"label": "no", "text": "b"}',
+    "train.jsonl": '{"text": "a, \\"quoted\\"\\ntext", "label": "yes"}\n\n'
+    '{"label": "no", "text": "b"}',
 }
 
 
@@ -299,31 +322,57 @@ BAD_FILES = [
     ("empty.jsonl", "\n", r"empty.jsonl has no rows"),
     ("header.csv", "text,label\n", r"header.csv has no rows"),
     ("column.csv", "txt,label\na,x\n", r"no column 'text'; its columns are txt, label"),
-    ("twice.csv", "text,text,label\na,b,x\n", r"2 columns 'text'; its columns are text, text, label"),
-    ("few.csv", "text,label\na,x\n\nb\n", r"few.csv, line 4: 1 fields where there should be 2 \(text"),
+    (
+        "twice.csv",
+        "text,text,label\na,b,x\n",
+        r"2 columns 'text'; its columns are text, text, label",
+    ),
+    (
+        "few.csv",
+        "text,label\na,x\n\nb\n",
+        r"few.csv, line 4: 1 fields where there should be 2 \(text",
+    ),
     ("few.tsv", "text\tlabel\n\na\tx\ty\n", r"few.tsv, line 3: 3 fields where there should be 2"),
     ("multi.csv", 'text,label\n"a\nb",x\n"c\nd"\n', r"multi.csv, line 4: 1 fields"),
-    ("open.csv", 'text,label\na,x\n"b,y\nc,x\n', r"open.csv, line 3: not a CSV row \(unexpected end"),
+    (
+        "open.csv",
+        'text,label\na,x\n"b,y\nc,x\n',
+        r"open.csv, line 3: not a CSV row \(unexpected end",
+    ),
     ("quote.csv", 'text,label\n"a"b,x\n', r"quote.csv, line 2: not a CSV row"),
     ("mac.csv", "text,label\ra,x\rb,y\r", r"mac.csv, line 1: not a CSV row \(new-line character"),
     ("latin.csv", b"text,label\na,x\ncaf\xe9,y\n", r"latin.csv, line 3: not UTF-8 \(byte 0xe9\)"),
     ("utf16.csv", "text,label\na,x\n".encode("utf-16"), r"utf16.csv, line 1: not UTF-8"),
-    ("suffix.txt", "text,label\na,x\n", r"unknown suffix '.txt': give a file in .csv, .tsv, .jsonl"),
+    (
+        "suffix.txt",
+        "text,label\na,x\n",
+        r"unknown suffix '.txt': give a file in .csv, .tsv, .jsonl",
+    ),
     ("suffix", "text,label\na,x\n", r"unknown suffix ''"),
     ("one.csv", "text,label\na,x\nb,x\n", r"every label is 'x'; classification needs two or more"),
     ("label.csv", "text,label\na,x\nb,\n", r"label.csv, line 3: the label is empty"),
-    ("cut.jsonl", '{"text": "a", "label": 1}\n{"text": "b', r"cut.jsonl, line 2: not JSON \(Untermi"),
+    (
+        "cut.jsonl",
+        '{"text": "a", "label": 1}\n{"text": "b',
+        r"cut.jsonl, line 2: not JSON \(Untermi",
+    ),
     ("deep.jsonl", "[" * 100_000, r"deep.jsonl, line 1: not JSON"),
     ("list.jsonl", '["a", 1]\n', r"line 1: a line must be one JSON object, got '\[\"a\", 1\]'"),
     ("key.jsonl", '{"text": "a", "y": 1}\n', r"line 1: no column 'label'; the columns are text, y"),
     ("null.jsonl", '{"text": null, "label": 1}\n', r"line 1: column 'text' must be text, got None"),
     ("half.jsonl", '{"text": "\\ud800", "label": 1}\n', r"line 1: column 'text' must be text, got"),
     ("label.jsonl", '{"text": "a", "label": [1]}\n', r"label \[1\] must be a string or a number"),
-    ("unlabelled.jsonl", '{"text": "a", "label": null}\n', r"label None must be a string or a number"),
+    (
+        "unlabelled.jsonl",
+        '{"text": "a", "label": null}\n',
+        r"label None must be a string or a number",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES, ids=[row[0] for row in BAD_FILES])
+@pytest.mark.parametrize(
+    ("name", "content", "message"), BAD_FILES, ids=[row[0] for row in BAD_FILES]
+)
 def test_bad_file(write: Write, name: str, content: str | bytes, message: str) -> None:
     path = write(name, content)
     with pytest.raises(InputError, match=message) as info:
@@ -365,7 +414,7 @@ def hundred(write: Write) -> Path:
     return write("train.csv", "text,label\n" + rows)
 
 
-def counts(examples: Examples) -> Counter:
+def counts(examples: Examples) -> Counter[str]:
     return Counter(text[0] for text in examples.texts)
 
 
@@ -420,7 +469,10 @@ def test_set_aside_regression(write: Write) -> None:
         ({"dev_fraction": 1.0}, r"dev_fraction must be between 0 and 1, got 1.0"),
         ({"metric": "spearman"}, "unknown classification metric 'spearman'"),
         ({"regression": True, "metric": "f1"}, "unknown regression metric 'f1'"),
-        ({"pair_column": "text"}, "text and label columns must differ, got 'text', 'text', 'label'"),
+        (
+            {"pair_column": "text"},
+            "text and label columns must differ, got 'text', 'text', 'label'",
+        ),
     ],
 )
 def test_bad_options(hundred: Path, options: dict[str, Any], message: str) -> None:
@@ -444,7 +496,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Write) -> str:
     """A data set folder with the splits train and validation."""
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write("My-Set/train.csv", "text,other,label\na,b,2\nc,d,10\ne,f,2\n")
     write("My-Set/validation.csv", "text,other,label\ng,h,10\n")
@@ -488,8 +540,14 @@ def test_hub_keeps_declared_classes(hub: str, monkeypatch: pytest.MonkeyPatch) -
     [
         ({"train_split": "tr"}, r"no split 'tr'; its splits are train, validation"),
         ({"dev_split": "test"}, r"no split 'test'; its splits are train, validation"),
-        ({"text_column": "txt"}, r"split train has no column 'txt'; its columns are text, other, l"),
-        ({"text_column": "label", "label_column": "text"}, r"row 0: column 'label' must be text, got 2"),
+        (
+            {"text_column": "txt"},
+            r"split train has no column 'txt'; its columns are text, other, l",
+        ),
+        (
+            {"text_column": "label", "label_column": "text"},
+            r"row 0: column 'label' must be text, got 2",
+        ),
     ],
 )
 def test_hub_bad_input(hub: str, options: dict[str, Any], message: str) -> None:
@@ -532,7 +590,9 @@ DATA = os.environ.get("DYNABERT_FAST_DATA")
         ("trec", 5452, 500, 0.016),
     ],
 )
-def test_real_data(task: str, train: int, dev: int, train_share_of_first_label: float | None) -> None:
+def test_real_data(
+    task: str, train: int, dev: int, train_share_of_first_label: float | None
+) -> None:
     data = load_glue(task, DATA or "")
     assert (len(data.train), len(data.dev)) == (train, dev)
     assert data.notes == ()

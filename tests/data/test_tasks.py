@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -10,14 +11,22 @@ from dynabert_fast.errors import InputError
 
 @pytest.mark.parametrize(
     ("given", "name"),
-    [("sst2", "sst2"), ("SST-2", "sst2"), ("sts_b", "stsb"), ("MNLI-mm", "mnli-mm"), ("TREC", "trec")],
+    [
+        ("sst2", "sst2"),
+        ("SST-2", "sst2"),
+        ("sts_b", "stsb"),
+        ("MNLI-mm", "mnli-mm"),
+        ("TREC", "trec"),
+    ],
 )
 def test_get_task_ignores_case_and_dashes(given: str, name: str) -> None:
     assert get_task(given) is GLUE_TASKS[name]
 
 
 def test_unknown_task_lists_the_names() -> None:
-    with pytest.raises(InputError, match=r"unknown task 'squad': choose one of cola, sst2, mrpc, .*trec"):
+    with pytest.raises(
+        InputError, match=r"unknown task 'squad': choose one of cola, sst2, mrpc, .*trec"
+    ):
         get_task("squad")
 
 
@@ -49,9 +58,12 @@ def test_a_task_cannot_be_changed() -> None:
         ((("a",), "a", "accuracy"), "must differ, got 'a', 'a'"),
         ((("a",), "b", "bleu"), "unknown classification metric 'bleu': choose one of accuracy, "),
         ((("a",), "b", "spearman"), "unknown classification metric 'spearman'"),
-        ((("a",), "b", "accuracy", True), "unknown regression metric 'accuracy': choose .* neg_mse"),
+        (
+            (("a",), "b", "accuracy", True),
+            "unknown regression metric 'accuracy': choose .* neg_mse",
+        ),
     ],
 )
-def test_a_task_that_makes_no_sense(arguments: tuple, message: str) -> None:
+def test_a_task_that_makes_no_sense(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Task("mine", *arguments)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dynabert_fast.evaluation import (
     score_grid,
     total_score,
 )
+from dynabert_fast.evaluation import grid as grid_module
 from dynabert_fast.evaluation.grid import count_noun, format_quantity, format_score
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.subnet import Subnet, grid
@@ -241,6 +243,24 @@ def test_evaluate_grid_fills_every_column() -> None:
         assert cell.metrics == scores[str(subnet)]
         assert cell.latency.median_ms > 0
     assert found.total == pytest.approx(total_score(scores))
+
+
+def test_each_cell_has_its_own_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(_: object, subnets: Sequence[Subnet], *__: object, **___: object) -> Any:
+        return {subnet: Latency(i + 1.0, 0.5, 9.5) for i, subnet in enumerate(subnets)}
+
+    monkeypatch.setattr(grid_module, "measure_latency", measured)
+    model = make_model()
+    cells = evaluate(model, grid(model.config)).cells
+    assert [cell.latency.median_ms for cell in cells] == list(range(1, 13))
+
+
+def test_speed_up_is_over_the_whole_model() -> None:
+    cells = (make_cell(1.0, 0.5, ms=5.0), make_cell(0.5, 1.0, ms=4.0), make_cell(ms=12.0))
+    found = make_grid(*cells)
+    assert found.full is cells[2]
+    assert [found.speed_up(cell) for cell in cells] == [2.4, 3.0, 1.0]
+    assert make_grid(*cells[:2]).speed_up(cells[0]) is None
 
 
 def test_subnets_of_equal_extents_keep_their_own_cells() -> None:

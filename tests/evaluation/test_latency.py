@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import dynabert_fast
 from dynabert_fast.errors import InputError
 from dynabert_fast.evaluation import Latency, environment, latency, measure_latency
 from dynabert_fast.evaluation.latency import inference
@@ -34,7 +35,7 @@ class Recorder(nn.Module):
         self.device = torch.device("cpu")
         self.inner = nn.Dropout()
         self.calls: list[tuple[Subnet, torch.Tensor]] = []
-        self.modes: set[tuple[bool, bool]] = set()
+        self.modes: set[tuple[bool, bool, bool]] = set()
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, subnet: Subnet
@@ -42,7 +43,7 @@ class Recorder(nn.Module):
         assert attention_mask.shape == input_ids.shape
         assert attention_mask.all()
         self.calls.append((subnet, input_ids))
-        self.modes.add((self.inner.training, torch.is_inference_mode_enabled()))
+        self.modes.add((self.training, self.inner.training, torch.is_inference_mode_enabled()))
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_runs_in_inference_and_gives_every_module_its_mode_back() -> None:
     model.train()
     model.inner.eval()
     measure_latency(model, [Subnet.full(CONFIG)], warmup=0, rounds=1)
-    assert model.modes == {(False, True)}
+    assert model.modes == {(False, False, True)}
     assert model.training
     assert not model.inner.training
 
@@ -177,4 +178,4 @@ def test_environment_names_machine_and_versions() -> None:
     assert found["cpu"]
     for name in ("python", "transformers"):
         assert re.match(r"\d+\.\d+", found[name])
-    assert found["dynabert_fast"]
+    assert found["dynabert_fast"] == dynabert_fast.__version__

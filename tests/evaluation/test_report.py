@@ -245,6 +245,26 @@ def test_labels_cover_neither_markers_nor_each_other(name: str, width: int) -> N
             assert markers or not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
 
 
+def test_labels_stay_inside_the_plot() -> None:
+    # At the right end, where every spot above, below or to the right would stick out.
+    slow = make_cell(None, None, 0.5, 1000.0, name="a-long-name-xx")
+    plot = _plot(make_grid(slow, make_cell(1.0, 1.0, 0.4, 1.0)))
+    assert plot.points[0].x > 90
+    for labels in plot.labels.values():
+        assert [spot.anchor for point, spot in labels if point.cell is slow] == ["end"]
+
+
+def test_the_front_is_a_staircase_from_the_bottom_to_the_right() -> None:
+    cells = (make_cell(1.0, 1.0, 0.9, 8.0), make_cell(0.5, 1.0, 0.5, 2.0))
+    slow, fast = _plot(make_grid(*cells)).points
+    assert _plot(make_grid(*cells)).front == (
+        (fast.x, 100.0, fast.x, fast.y),
+        (fast.x, fast.y, slow.x, fast.y),
+        (slow.x, fast.y, slow.x, slow.y),
+        (slow.x, slow.y, 100.0, slow.y),
+    )
+
+
 def test_the_front_is_labelled_first() -> None:
     # All in one place: there is room for one name on each side only.
     crowd = [make_cell(0.5, 1.0, 0.5, 5.0 + i / 1000, name=f"n{i}") for i in range(30)]

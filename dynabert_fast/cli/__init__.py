@@ -1,0 +1,1 @@
+"""The `dynabert-fast` command line."""

@@ -1,0 +1,109 @@
+"""`evaluate` and `export`: what a trained checkpoint is good for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dynabert_fast.cli import arguments as shared
+from dynabert_fast.errors import InputError
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands."""
+    parser = shared.add_command(
+        commands,
+        "evaluate",
+        "fill the grid: metric, parameters, FLOPs and measured latency of every sub-network",
+        """
+dynabert-fast evaluate sst2/dynabert --task sst2 --data-dir glue/SST-2 --output sst2-grid
+dynabert-fast evaluate out --dev-file dev.csv --text-column text --label-column label
+dynabert-fast evaluate out --task rte --data-dir glue --subnets w0.50-d0.75,w0.25-d0.50""",
+        _evaluate,
+    )
+    parser.add_argument("checkpoint", help="folder or hub id")
+    parser.add_argument(
+        "--output", type=Path, help="folder for grid.json, grid.md and report.html (default: print)"
+    )
+    parser.add_argument("--subnets", help="names of sub-networks instead of the grid, by commas")
+    parser.add_argument("--eval-batch-size", type=int, default=64, help="(default 64)")
+    shared.add_data(parser)
+    shared.add_grid(parser)
+    shared.add_latency(parser)
+
+    parser = shared.add_command(
+        commands,
+        "export",
+        "save a sub-network as a stand-alone checkpoint, and check it against the slice",
+        """
+dynabert-fast export sst2/dynabert --subnet w0.50-d0.75 --output sst2-small
+dynabert-fast export sst2/dynabert --subnet l0+2-h12+6-n1536+768 --output sst2-odd""",
+        _export,
+    )
+    parser.add_argument("checkpoint", help="folder or hub id")
+    parser.add_argument(
+        "--subnet", required=True, help="w0.50-d0.75, or layers, heads, neurons: l0+2-h12+6-n1536+768"
+    )
+    shared.add_output(parser, resumable=False)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    data = shared.load_data(args, only_dev=True)
+    shared.quiet_libraries()
+    from dynabert_fast.evaluation import evaluate_grid
+    from dynabert_fast.subnet import Subnet, grid
+    from dynabert_fast.training.pipeline import load_model, load_tokenizer, stage_data, write_grid
+
+    model = load_model(args.checkpoint)
+    if args.subnets:
+        subnets = tuple(Subnet.parse(model.config, name) for name in args.subnets.split(","))
+    else:
+        subnets = grid(model.config, args.widths, args.depths)
+    data = shared.align_labels(data, model.config.id2label)
+    encoded = stage_data(data, load_tokenizer(args.checkpoint), args.max_length)
+    result = evaluate_grid(
+        model,
+        encoded.dev,
+        encoded.collator,
+        subnets,
+        encoded.metric,
+        model_name=Path(args.checkpoint).name,
+        task=data.task.name,
+        batch_size=args.eval_batch_size,
+        latency_batch_size=args.latency_batch,
+        latency_length=args.latency_length,
+        rounds=args.latency_rounds,
+    )
+    print(result.to_markdown())
+    if args.output:
+        write_grid(result, args.output)
+        print(f"report: {args.output / 'report.html'}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    shared.quiet_libraries()
+    import torch
+
+    from dynabert_fast.files import new_folder, whole_folder
+    from dynabert_fast.subnet import Subnet
+    from dynabert_fast.training.pipeline import load_model, load_tokenizer
+
+    new_folder(args.output)
+    model = load_model(args.checkpoint).eval()
+    subnet = Subnet.parse(model.config, args.subnet)
+    with whole_folder(args.output) as aside:
+        model.extract(subnet).save_pretrained(aside)
+        load_tokenizer(args.checkpoint).save_pretrained(aside)
+        # What was written must compute the same bits as the slice that it was taken from.
+        ids = torch.arange(16).remainder(model.config.vocab_size).view(2, 8)
+        with torch.inference_mode():
+            exported = load_model(aside).eval()(input_ids=ids).logits
+            sliced = model(input_ids=ids, subnet=subnet).logits
+        if not torch.equal(exported, sliced):
+            raise InputError(
+                f"{args.output}: the export of {subnet} differs from the slice by "
+                f"{float((exported - sliced).abs().max()):.1e}; nothing was saved"
+            )
+    count = sum(p.numel() for p in model.extract(subnet).parameters())
+    print(f"saved: {args.output} ({subnet}, {count / 1e6:.1f} M parameters, equal bit for bit)")

@@ -1,0 +1,95 @@
+"""`info`: versions, devices, backends, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from dynabert_fast import __version__
+from dynabert_fast.cli import arguments as shared
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command."""
+    parser = shared.add_command(
+        commands,
+        "info",
+        "versions, devices, backends of the ops, and the sub-networks of a checkpoint",
+        """
+dynabert-fast info
+dynabert-fast info sst2/dynabert""",
+        _info,
+    )
+    parser.add_argument("checkpoint", nargs="?", help="also describe this checkpoint")
+    shared.add_grid(parser)
+    parser.add_argument("--length", type=int, default=128, help="tokens for the FLOPs (default 128)")
+
+
+def _info(args: argparse.Namespace) -> None:
+    shared.quiet_libraries()
+    import platform
+
+    import torch
+    import transformers
+
+    print(f"dynabert-fast {__version__}, Python {platform.python_version()}")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"devices: {', '.join(_devices())}; {torch.get_num_threads()} CPU threads")
+    print(_backend_table())
+    if args.checkpoint:
+        print(_describe(args))
+
+
+def _devices() -> list[str]:
+    import torch
+
+    names = ["cpu"]
+    if torch.cuda.is_available():
+        names += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return names
+
+
+def _backend_table() -> str:
+    """Which backend computes each kernel here, and why the others do not."""
+    import torch
+
+    from dynabert_fast.ops import backends, forced_backend
+    from dynabert_fast.ops.reference import KERNELS
+    from dynabert_fast.ops.registry import PRIORITY
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = backends()
+    lines = [f"backends on {device.type}, fastest first (forced: {forced_backend() or 'none'}):"]
+    for name in PRIORITY:
+        if name not in found:
+            lines.append(f"  {name:<10} not part of this installation")
+            continue
+        refusals: dict[str, list[str]] = {}
+        for kernel in KERNELS:
+            if reason := found[name].reason_against(kernel, device, torch.float32):
+                refusals.setdefault(reason, []).append(kernel)
+        served = len(KERNELS) - sum(map(len, refusals.values()))
+        lines.append(f"  {name:<10} serves {served} of {len(KERNELS)} kernels")
+        lines += [f"    {', '.join(kernels)}: {reason}" for reason, kernels in refusals.items()]
+    return "\n".join(lines)
+
+
+def _describe(args: argparse.Namespace) -> str:
+    from dynabert_fast.evaluation import count_flops, count_parameters
+    from dynabert_fast.subnet import grid
+    from dynabert_fast.training.pipeline import load_model
+
+    model = load_model(args.checkpoint)
+    config = model.config
+    labels = ", ".join(str(config.id2label[i]) for i in sorted(config.id2label))
+    lines = [
+        f"{args.checkpoint}: {config.backbone}, {config.num_hidden_layers} layers, "
+        f"hidden size {config.hidden_size}, heads of {config.head_size}; labels: {labels}",
+        f"rewired: {'yes' if model.rewiring else 'no'}",
+        f"{'sub-network':<14}{'parameters':>14}{f'GFLOPs at {args.length}':>18}",
+    ]
+    for subnet in grid(config, args.widths, args.depths):
+        parameters = count_parameters(config, subnet)
+        flops = count_flops(config, subnet, args.length)
+        lines.append(f"{subnet!s:<14}{parameters / 1e6:>12.1f} M{flops / 1e9:>18.3g}")
+    return "\n".join(lines)

@@ -1,0 +1,177 @@
+"""`fit`, and each stage as a command of its own."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dynabert_fast.cli import arguments as shared
+from dynabert_fast.errors import InputError
+
+_OWN_FILE = "--train-file reviews.csv --text-column review --label-column stars"
+
+
+def add_commands(commands: Any) -> None:
+    """Add the training commands."""
+    parser = shared.add_command(
+        commands,
+        "fit",
+        "the whole pipeline: fine-tune, rewire, train widths and depths, evaluate",
+        f"""
+dynabert-fast fit --model bert-base-uncased --task sst2 --data-dir glue/SST-2 --output sst2
+dynabert-fast fit --model roberta-base {_OWN_FILE} --output reviews
+dynabert-fast fit --model bert-base-uncased --task sst2 --data-dir glue/SST-2 --output sst2 --resume""",
+        _fit,
+    )
+    parser.add_argument("--model", required=True, help="pretrained encoder: folder or hub id")
+    shared.add_output(parser)
+    parser.add_argument("--final", action="store_true", help="also fine-tune the grid on labels")
+    parser.add_argument(
+        "--rewiring",
+        choices=("per_batch", "running", "none"),
+        default="per_batch",
+        help="how importance is summed over batches (default per_batch); none: do not sort",
+    )
+    shared.add_data(parser)
+    shared.add_training(parser, per_stage=True)
+    shared.add_grid(parser)
+    shared.add_distillation(parser)
+    shared.add_latency(parser)
+
+    parser = shared.add_command(
+        commands,
+        "finetune",
+        "fine-tune a pretrained encoder on labels (the teacher)",
+        "dynabert-fast finetune bert-base-uncased --task rte --data-dir glue/RTE --output teacher",
+        _finetune,
+    )
+    parser.add_argument("model", help="pretrained encoder: folder or hub id")
+    shared.add_output(parser)
+    shared.add_data(parser)
+    shared.add_training(parser)
+
+    parser = shared.add_command(
+        commands,
+        "rewire",
+        "sort heads and neurons by importance, or show what a checkpoint was sorted by",
+        """
+dynabert-fast rewire teacher --task rte --data-dir glue/RTE --output rewired
+dynabert-fast rewire rewired --show""",
+        _rewire,
+    )
+    parser.add_argument("checkpoint", help="fine-tuned checkpoint")
+    parser.add_argument("--show", action="store_true", help="print importance and order, change nothing")
+    parser.add_argument("--output", type=Path, help="folder to make")
+    parser.add_argument(
+        "--accumulation",
+        choices=("per_batch", "running"),
+        default="per_batch",
+        help="sum magnitudes per batch (paper) or of the running sum (released code)",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="examples per batch (default 32)")
+    shared.add_data(parser)
+
+    for name, stage, summary, source in (
+        ("train-width", "width", "stage 1: distil the fine-tuned model into every width", "rewired"),
+        ("train-depth", "depth", "stage 2: distil the widths into every width and depth", "width"),
+        ("train-final", "final", "stage 3 (optional): fine-tune the whole grid on labels", "dynabert"),
+    ):
+        teacher = {"width": " --teacher teacher", "depth": " --teacher width", "final": ""}[stage]
+        parser = shared.add_command(
+            commands,
+            name,
+            summary,
+            f"dynabert-fast {name} {source}{teacher} --task rte --data-dir glue/RTE --output out",
+            partial(_train, stage),
+        )
+        parser.add_argument("checkpoint", help="the student")
+        if stage != "final":
+            parser.add_argument("--teacher", required=True, help="the fixed teacher's checkpoint")
+        shared.add_output(parser)
+        shared.add_data(parser)
+        shared.add_training(parser)
+        shared.add_grid(parser)
+        if stage != "final":
+            shared.add_distillation(parser)
+
+
+def _fit(args: argparse.Namespace) -> None:
+    data = shared.load_data(args)
+    shared.quiet_libraries()
+    from dynabert_fast.training.pipeline import FitOptions, fit
+
+    options = FitOptions(
+        stages=shared.stages_of(args),
+        training={name: shared.training_options(args, name) for name in shared.STAGES},
+        max_length=args.max_length,
+        rewiring=None if args.rewiring == "none" else args.rewiring,
+        final=args.final,
+        latency_batch_size=args.latency_batch,
+        latency_length=args.latency_length,
+        latency_rounds=args.latency_rounds,
+    )
+    grid = fit(args.model, data, args.output, options, args.resume)
+    print(grid.to_markdown())
+    print(f"report: {args.output / 'report.html'}")
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    data = shared.load_data(args)
+    shared.quiet_libraries()
+    from dynabert_fast.training.pipeline import finetune, load_tokenizer, stage_data
+
+    encoded = stage_data(data, load_tokenizer(args.model), args.max_length)
+    finetune(args.model, data, encoded, args.output, shared.training_options(args), args.resume)
+    print(f"saved: {args.output}")
+
+
+def _rewire(args: argparse.Namespace) -> None:
+    if args.show:
+        _show(args.checkpoint)
+        return
+    if args.output is None:
+        raise InputError("rewire needs --output, the folder to make, or --show")
+    data = shared.load_data(args, only_dev=True)
+    shared.quiet_libraries()
+    from dynabert_fast.training.pipeline import load_model, load_tokenizer, rewire_checkpoint, stage_data
+
+    data = shared.align_labels(data, load_model(args.checkpoint).config.id2label)
+    encoded = stage_data(data, load_tokenizer(args.checkpoint), args.max_length)
+    rewire_checkpoint(args.checkpoint, encoded, args.output, args.accumulation, args.batch_size)
+    _show(args.output)
+    print(f"saved: {args.output}")
+
+
+def _show(checkpoint: str | Path) -> None:
+    from dynabert_fast.rewiring import FILE_NAME, Rewiring
+
+    if not Path(checkpoint).is_dir():
+        raise InputError(f"{checkpoint} is not a folder; rewire --show reads a checkpoint's folder")
+    rewiring = Rewiring.load(str(checkpoint))
+    if rewiring is None:
+        raise InputError(f"{checkpoint} was not rewired: it has no {FILE_NAME}")
+    print(rewiring.describe())
+
+
+def _train(stage: str, args: argparse.Namespace) -> None:
+    data = shared.load_data(args)
+    shared.quiet_libraries()
+    from dynabert_fast.training import run_stage, stages
+    from dynabert_fast.training.pipeline import load_model, load_tokenizer, stage_data
+
+    distils = stage != "final"
+    found = shared.stages_of(args) if distils else stages(args.widths, args.depths)
+    model = load_model(args.checkpoint)
+    data = shared.align_labels(data, model.config.id2label)
+    run_stage(
+        found[stage],
+        model,
+        stage_data(data, load_tokenizer(args.checkpoint), args.max_length),
+        args.output,
+        shared.training_options(args),
+        load_model(args.teacher) if distils else None,
+        args.resume,
+    )
+    print(f"saved: {args.output}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dynabert_fast.errors import InputError
+from dynabert_fast.subnet import Subnet
 
 if TYPE_CHECKING:
     from dynabert_fast.models import DynaBertForSequenceClassification
@@ -85,16 +86,24 @@ class Rewiring:
                 }
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({error}); rewire again") from error
-        return cls(**tensors, **about)
+        return cls(
+            tensors["head_importance"],
+            tensors["neuron_importance"],
+            tensors["head_order"],
+            tensors["neuron_order"],
+            **about,
+        )
 
     def describe(self, widths: Iterable[float] = (0.75, 0.5, 0.25)) -> str:
-        """A table: per layer the heads in stored order, and the share of importance each width keeps."""
+        """A table: each layer's heads in stored order, and the importance that each width keeps."""
         widths = list(widths)
         lines = [
             f"importance summed over {self.batches} batches ({self.accumulation}); "
             "heads in stored order, numbered as before rewiring",
-            "layer  heads, most important first" + " " * 20
-            + "share of importance kept: " + "  ".join(f"w{w:.2f}" for w in widths),
+            "layer  heads, most important first"
+            + " " * 20
+            + "share of importance kept: "
+            + "  ".join(f"w{w:.2f}" for w in widths),
         ]
         for layer, (order, importance, neurons) in enumerate(
             zip(self.head_order, self.head_importance, self.neuron_importance, strict=True)
@@ -113,7 +122,9 @@ _TENSORS = ("head_importance", "neuron_importance", "head_order", "neuron_order"
 def _share(importance: Tensor, width: float) -> float:
     """Share of the summed importance in the largest `width` of the entries."""
     ordered = importance.double().sort(descending=True).values
-    return float(ordered[: max(1, round(width * len(ordered)))].sum() / ordered.sum().clamp(min=1e-30))
+    return float(
+        ordered[: max(1, round(width * len(ordered)))].sum() / ordered.sum().clamp(min=1e-30)
+    )
 
 
 def measure_importance(
@@ -124,14 +135,15 @@ def measure_importance(
 ) -> Rewiring:
     """Measure importance on labelled batches, with the model in evaluation mode.
 
-    Head h: `|dL/dm_h|` for an all-ones mask m on the heads' outputs. The output projection is linear
-    in the masked outputs, so `dL/dm_h = <W_out[h], dL/dW_out[h]>`: weight gradients say it all.
+    Head h: `|dL/dm_h|` for an all-ones mask m on the heads' outputs. The output projection is
+    linear in the masked outputs, so `dL/dm_h = <W_out[h], dL/dW_out[h]>`: weight gradients
+    say it all.
     Neuron j: `|<W1[j], dL/dW1[j]> + b1[j] dL/db1[j]| + |<W2[:, j], dL/dW2[:, j]>|`.
 
     Args:
-        model: A sequence classifier; left as it was.
+        model: A sequence classifier, of a view the whole model; left as it was.
         batches: Keyword arguments of the model with `labels`, on the model's device.
-        accumulation: `per_batch` sums magnitudes of each batch's gradients (the paper's definition);
+        accumulation: `per_batch` sums magnitudes of each batch's gradients (the paper's way);
             `running` sums magnitudes of the gradients accumulated so far (the released code, which
             never reset them).
         progress: Show a progress bar.
@@ -140,7 +152,7 @@ def measure_importance(
         Importance and the descending order by it, not yet applied (see `rewire`).
 
     Raises:
-        InputError: `accumulation` is unknown, there is no batch, or a loss is not finite.
+        InputError: `accumulation` is unknown, there is no labelled batch, or a loss is not finite.
     """
     if accumulation not in ("per_batch", "running"):
         raise InputError(f"accumulation must be per_batch or running, got {accumulation!r}")
@@ -157,9 +169,16 @@ def measure_importance(
             parameter.requires_grad_(True)
         total: list[Tensor] | None = None
         for batch in tqdm(batches, desc="importance", disable=not progress):
-            loss = model(**batch).loss
+            if "labels" not in batch:
+                raise InputError(
+                    f"batch {count} has no labels; importance needs a labelled data set"
+                )
+            with torch.enable_grad():
+                loss = model(**batch, subnet=Subnet.full(model.config)).loss
             if not loss.isfinite():
-                raise InputError(f"the loss of batch {count} is {loss.item()}; fine-tune the model first")
+                raise InputError(
+                    f"the loss of batch {count} is {loss.item()}; fine-tune the model first"
+                )
             gradients = list(torch.autograd.grad(loss, watched))
             if total is not None and accumulation == "running":
                 gradients = [t + g for t, g in zip(total, gradients, strict=True)]
@@ -216,15 +235,21 @@ def rewire(model: DynaBertForSequenceClassification, importance: Rewiring) -> No
     Raises:
         InputError: The importance was measured on a model of other extents.
     """
-    given = [(len(h), len(n)) for h, n in zip(importance.head_order, importance.neuron_order, strict=True)]
+    given = [
+        (len(h), len(n))
+        for h, n in zip(importance.head_order, importance.neuron_order, strict=True)
+    ]
     wanted = list(zip(model.config.layer_heads, model.config.layer_neurons, strict=True))
     if given != wanted:
-        raise InputError(f"importance is of layers with (heads, neurons) {given}, the model has {wanted}")
+        raise InputError(
+            f"importance is of layers with (heads, neurons) {given}, the model has {wanted}"
+        )
     for layer, heads, neurons in zip(
         model.dynabert.encoder.layer, importance.head_order, importance.neuron_order, strict=True
     ):
         heads, neurons = heads.to(model.device), neurons.to(model.device)
-        attention, ffn = layer.attention, layer.ffn
+        attention: Any = layer.attention
+        ffn: Any = layer.ffn
         for parameter in (attention.qkv.weight, attention.qkv.bias):
             parameter.copy_(parameter[heads])
         out = attention.out.weight_t.view(len(heads), -1, model.config.hidden_size)
@@ -239,7 +264,8 @@ def _compose(before: Rewiring, now: Rewiring) -> Rewiring:
 
     def back(values: tuple[Tensor, ...], orders: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(
-            torch.empty_like(v).scatter_(0, order, v) for v, order in zip(values, orders, strict=True)
+            torch.empty_like(v).scatter_(0, order, v)
+            for v, order in zip(values, orders, strict=True)
         )
 
     def chain(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

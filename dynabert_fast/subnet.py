@@ -19,7 +19,9 @@ WIDTHS = (1.0, 0.75, 0.5, 0.25)
 DEPTHS = (1.0, 0.75, 0.5)
 
 _MULTIPLIERS = re.compile(r"w(?P<width>\d+(?:\.\d+)?)-d(?P<depth>\d+(?:\.\d+)?)")
-_EXTENTS = re.compile(r"l(?P<layers>\d+(?:\+\d+)*)-h(?P<heads>\d+(?:\+\d+)*)-n(?P<neurons>\d+(?:\+\d+)*)")
+_EXTENTS = re.compile(
+    r"l(?P<layers>\d+(?:\+\d+)*)-h(?P<heads>\d+(?:\+\d+)*)-n(?P<neurons>\d+(?:\+\d+)*)"
+)
 
 
 class ElasticConfig(Protocol):
@@ -58,9 +60,9 @@ class Subnet:
     ) -> Subnet:
         """Build a sub-network by the paper's rule.
 
-        A layer of `H` heads and `N` neurons keeps `h = round(H * width)` heads (Python's round: half
-        to even) and `int(h / H * N)` neurons; of `L` layers, `floor(i / depth)` is kept for every
-        `i` in `range(round(depth * L))`.
+        A layer of `H` heads and `N` neurons keeps `h = round(H * width)` heads (Python's round:
+        half to even) and `int(h / H * N)` neurons; of `L` layers, `floor(i / depth)` is kept for
+        every `i` in `range(round(depth * L))`.
 
         Args:
             config: The model's configuration.
@@ -144,7 +146,7 @@ class Subnet:
         total = len(config.layer_heads)
         if not self.layers or not len(self.layers) == len(self.heads) == len(self.neurons):
             raise InputError(
-                "a sub-network needs at least one layer and one entry of heads and neurons for each, got "
+                "a sub-network needs one layer or more, and heads and neurons for each; got "
                 f"{len(self.layers)} layers, {len(self.heads)} heads, {len(self.neurons)} neurons"
             )
         if any(b <= a for a, b in zip(self.layers, self.layers[1:], strict=False)):

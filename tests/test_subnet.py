@@ -153,7 +153,7 @@ def test_grid_sorts_and_drops_duplicates():
         ),
         (
             lambda: Subnet.from_extents(BERT, [0, 1], [12], [3072, 3072]),
-            "one entry of heads and neurons for each, got 2 layers, 1 heads, 2 neurons",
+            "heads and neurons for each; got 2 layers, 1 heads, 2 neurons",
         ),
         (lambda: Subnet.from_extents(BERT, [], [], []), "at least one layer"),
         (

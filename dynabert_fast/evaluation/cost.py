@@ -72,5 +72,4 @@ def _layer_weights(config: DynaBertConfig, heads: int, neurons: int) -> int:
 
 def _attention_width(config: DynaBertConfig, heads: int) -> int:
     """Rows of the query of `heads` heads, h*d."""
-    assert config.head_size is not None  # the configuration derives it where it is not given
     return heads * config.head_size

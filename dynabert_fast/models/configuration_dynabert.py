@@ -29,12 +29,13 @@ _ACTIVATIONS = {
 
 
 class DynaBertConfig(PreTrainedConfig):
-    """Configuration of an elastic encoder; the fields of `BertConfig` with the meanings they have there.
+    """Configuration of an elastic encoder: `BertConfig`'s fields, which mean what they mean there.
 
     Attributes:
         backbone: Family whose names, position ids and classification head apply, a key of
             `BACKBONES`. Read from the checkpoint's `model_type`.
-        head_size: Width d of one attention head; default `hidden_size / num_attention_heads`.
+        head_size: Width d of one attention head; 0 (default) is
+            `hidden_size / num_attention_heads`.
         heads_per_layer: Heads of each layer, where layers differ (an exported sub-network);
             default `num_attention_heads` everywhere.
         neurons_per_layer: FFN neurons of each layer, likewise.
@@ -48,7 +49,7 @@ class DynaBertConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    head_size: int | None = None
+    head_size: int = 0
     heads_per_layer: list[int] | None = None
     neurons_per_layer: list[int] | None = None
     hidden_act: str = "gelu"
@@ -65,7 +66,7 @@ class DynaBertConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill `head_size` and refuse what the encoder does not compute."""
-        if self.head_size is None:
+        if not self.head_size:
             if self.hidden_size % self.num_attention_heads:
                 raise InputError(
                     "hidden_size must be a multiple of num_attention_heads, "
@@ -73,7 +74,9 @@ class DynaBertConfig(PreTrainedConfig):
                 )
             self.head_size = self.hidden_size // self.num_attention_heads
         if self.backbone not in BACKBONES:
-            raise InputError(f"backbone must be one of {', '.join(BACKBONES)}, got {self.backbone!r}")
+            raise InputError(
+                f"backbone must be one of {', '.join(BACKBONES)}, got {self.backbone!r}"
+            )
         if self.hidden_act not in _ACTIVATIONS:
             raise InputError(
                 f"hidden_act must be one of {', '.join(_ACTIVATIONS)}, got {self.hidden_act!r}"
@@ -125,7 +128,7 @@ class DynaBertConfig(PreTrainedConfig):
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not found:
             raise InputError(
-                f"{pretrained_model_name_or_path} holds no config.json; name the folder of a checkpoint"
+                f"{pretrained_model_name_or_path} holds no config.json; name a checkpoint's folder"
             )
         return _from_backbone(found, pretrained_model_name_or_path), kwargs
 

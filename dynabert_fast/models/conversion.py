@@ -11,6 +11,7 @@ Ours (H heads of size d, N neurons, hidden size D; one head or neuron = one cont
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +61,19 @@ _LAYER = re.compile(r"(encoder\.layer\.\d+\.)(.+)")
 _UNUSED = re.compile(r"(cls|lm_head|qa_outputs)\.|(.*\.)?embeddings\.position_ids$")
 
 
-def is_huggingface(state: State) -> bool:
+def is_huggingface(state: Mapping[str, Tensor]) -> bool:
     """Whether the names are Hugging Face's."""
     return any(".attention.self.query." in f".{name}" for name in state)
 
 
-def from_huggingface(state: State, config: DynaBertConfig, with_head: bool) -> State:
+def from_huggingface(state: Mapping[str, Tensor], config: DynaBertConfig, with_head: bool) -> State:
     """Our names and layouts for a Hugging Face state dict of this family.
 
     Args:
         state: Tensors of a base model, of a sequence classifier or of a pre-training model.
         config: Configuration of the checkpoint.
-        with_head: Whether the target has a classification head: names get the `dynabert.` prefix and
-            RoBERTa's `classifier.dense` becomes the pooler. Otherwise heads are left out.
+        with_head: Whether the target has a classification head: names get the prefix `dynabert.`
+            and RoBERTa's `classifier.dense` becomes the pooler. Otherwise heads are left out.
 
     Returns:
         A new dict. Names that no rule knows are kept as they are.
@@ -102,7 +103,7 @@ def from_huggingface(state: State, config: DynaBertConfig, with_head: bool) -> S
     return {f"{BASE}.{name}": tensor for name, tensor in base.items()} | head
 
 
-def _base_from_huggingface(state: State, config: DynaBertConfig) -> State:
+def _base_from_huggingface(state: Mapping[str, Tensor], config: DynaBertConfig) -> State:
     embeddings, same, transposed = dict(_EMBEDDINGS), dict(_SAME), dict(_TRANSPOSED)
     converted: State = {}
     for name, tensor in state.items():
@@ -124,7 +125,7 @@ def _base_from_huggingface(state: State, config: DynaBertConfig) -> State:
     return converted
 
 
-def _stack_heads(state: State, names: list[str], head_size: int) -> Tensor:
+def _stack_heads(state: Mapping[str, Tensor], names: list[str], head_size: int) -> Tensor:
     """`[H, 3, d, ...]` of the query's, key's and value's `[H * d, ...]`."""
     if missing := [name for name in names if name not in state]:
         raise InputError(f"the checkpoint lacks {missing[0]}; copy or save it again")
@@ -132,14 +133,14 @@ def _stack_heads(state: State, names: list[str], head_size: int) -> Tensor:
     rows = [len(part) for part in parts]
     if len(set(rows)) > 1 or rows[0] % head_size:
         raise InputError(
-            f"{names[0]}, its key and its value must have equally many rows, a multiple of the head "
-            f"size {head_size}, got {rows}; the configuration is of another checkpoint"
+            f"{names[0]}, its key and its value must have equally many rows, a multiple of the "
+            f"head size {head_size}, got {rows}; the configuration is of another checkpoint"
         )
     return torch.stack([part.unflatten(0, (-1, head_size)) for part in parts], 1)
 
 
-def to_huggingface(state: State, config: DynaBertConfig) -> State:
-    """Hugging Face's names and layouts for a state dict of ours; the inverse of `from_huggingface`."""
+def to_huggingface(state: Mapping[str, Tensor], config: DynaBertConfig) -> State:
+    """Hugging Face's names and layouts for a state dict of ours; inverts `from_huggingface`."""
     with_head = any(name.startswith(f"{BASE}.") for name in state)
     prefix = BACKBONES[config.backbone] + "." if with_head else ""
     embeddings, same, transposed = (

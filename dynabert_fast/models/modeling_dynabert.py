@@ -1,4 +1,4 @@
-"""The elastic encoder as Hugging Face models: any sub-network of one set of weights, chosen per call.
+"""The elastic encoder as Hugging Face models: any sub-network of one set of weights, at any call.
 
 Tokens are packed once before the embeddings (no padding is computed) and unpacked once at the
 output. No module knows a width or a depth: the `Subnet` is an argument of `forward`.
@@ -34,6 +34,7 @@ from dynabert_fast.models.conversion import (
     read_checkpoint,
     to_huggingface,
 )
+from dynabert_fast.rewiring import FILE_NAME as REWIRING_FILE
 from dynabert_fast.rewiring import Rewiring
 from dynabert_fast.subnet import Subnet
 
@@ -88,13 +89,15 @@ class PackedSequences:
         whole = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
         if mask is None:
             return cls(shape, whole, length, None)
-        if mask.shape != shape:
+        if tuple(mask.shape) != shape:
             raise InputError(f"attention_mask must be {list(shape)}, got {list(mask.shape)}")
         mask = mask != 0
         lengths = mask.sum(1, dtype=torch.int32)
         counts = lengths.tolist()  # the only synchronisation of a forward pass
         if batch and min(counts) == 0:
-            raise InputError(f"attention_mask leaves no token in row {counts.index(0)}; drop the row")
+            raise InputError(
+                f"attention_mask leaves no token in row {counts.index(0)}; drop the row"
+            )
         if sum(counts) == batch * length:
             return cls(shape, whole, length, None)
         offsets = torch.zeros_like(whole)
@@ -236,8 +239,9 @@ class DynaBertEmbeddings(nn.Module):
         """BERT counts columns; RoBERTa counts non-padding tokens, from its padding id + 1."""
         if not self.config.is_roberta:
             return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        real = input_ids != self.config.pad_token_id
-        return real.cumsum(1) * real + (self.config.pad_token_id or 0)
+        padding = self.config.pad_token_id or 0
+        real = input_ids.ne(padding)
+        return real.cumsum(1) * real + padding
 
     def forward(
         self,
@@ -254,7 +258,9 @@ class DynaBertEmbeddings(nn.Module):
         p = self.config.hidden_dropout_prob
         seed = _draw_seed(p, self.training, input_ids.device)
         return ops.embed(
-            *(packed.pack(ids) for ids in (input_ids, token_type_ids, position_ids)),
+            packed.pack(input_ids),
+            packed.pack(token_type_ids),
+            packed.pack(position_ids),
             self.word.weight,
             self.token_type.weight,
             self.position.weight,
@@ -301,8 +307,8 @@ class DynaBertPreTrainedModel(PreTrainedModel):
     def at(self, subnet: Subnet) -> Self:
         """A light view of this model that runs `subnet` by default and shares every weight.
 
-        The view is a model like any other (for `pipeline`, for instance); several views and the model
-        itself may run at the same time.
+        The view is a model like any other (for `pipeline`, for instance); several views and the
+        model itself may run at the same time.
 
         Raises:
             InputError: The sub-network does not fit the model.
@@ -326,8 +332,8 @@ class DynaBertPreTrainedModel(PreTrainedModel):
     def extract(self, subnet: Subnet) -> Self:
         """A stand-alone model of one sub-network, with copies of just the weights it uses.
 
-        It computes the same bits as this model at `subnet`. At full width it is an ordinary, shallower
-        BERT, which plain `transformers` opens once saved.
+        It computes the same bits as this model at `subnet`. At full width it is an ordinary,
+        shallower BERT, which plain `transformers` opens once saved.
 
         Raises:
             InputError: The sub-network does not fit the model.
@@ -363,7 +369,7 @@ class DynaBertPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path | None,
         *model_args: Any,
@@ -388,9 +394,11 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         hub = {key: kwargs.pop(key) for key in _HUB_KEYS if key in kwargs}
         loader = {key: kwargs.pop(key) for key in _LOADER_KEYS if key in kwargs}
         if not isinstance(config, DynaBertConfig):
-            config, kwargs = DynaBertConfig.from_pretrained(
+            read, kwargs = DynaBertConfig.from_pretrained(
                 config or source, return_unused_kwargs=True, **hub, **kwargs
             )
+            assert isinstance(read, DynaBertConfig)
+            config = read
         state = read_checkpoint(source, **hub)
         if is_huggingface(state):
             state = from_huggingface(state, config, cls._has_head)
@@ -411,8 +419,11 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         """
         state = to_huggingface(state_dict or self.state_dict(), self.config)
         super().save_pretrained(save_directory, state_dict=state, **kwargs)
-        if self.rewiring is not None and kwargs.get("is_main_process", True):
-            self.rewiring.save(save_directory)
+        if kwargs.get("is_main_process", True):
+            if self.rewiring is not None:
+                self.rewiring.save(save_directory)
+            else:  # another model's record may lie there
+                (Path(save_directory) / REWIRING_FILE).unlink(missing_ok=True)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -469,9 +480,7 @@ class DynaBertModel(DynaBertPreTrainedModel):
         packed = PackedSequences.from_mask(shape, attention_mask, input_ids.device)
         x = self.embeddings(input_ids, token_type_ids, position_ids, packed)
         hidden = [x]
-        for layer, heads, neurons in zip(
-            subnet.layers, subnet.heads, subnet.neurons, strict=True
-        ):
+        for layer, heads, neurons in zip(subnet.layers, subnet.heads, subnet.neurons, strict=True):
             x = self.encoder.layer[layer](x, packed, heads, neurons)
             if keep_hidden:
                 hidden.append(x)

@@ -5,17 +5,17 @@ weight, k an extent. Ops take tensors and ints, never a `Subnet`.
 
 **Extents (the staircase).** An extent says how many columns, heads or neurons are active. It is one
 int for the whole call, or one int per *row block* together with `rows` (`sequences` for attention):
-block r is the next `rows[r]` rows. Values beyond a row's extent are unspecified in outputs and never
-read in inputs, so an op that follows takes the same extents. Parameters are whole: an op reads the
-prefix `[:k]` of them in place, and their gradients are zero beyond the largest extent.
+block r is the next `rows[r]` rows. Values beyond a row's extent are unspecified in outputs and
+never read in inputs, so an op that follows takes the same extents. Parameters are whole: an op
+reads the prefix `[:k]` of them in place, and their gradients are zero beyond the largest extent.
 
 **Dropout.** `p` is the probability of dropping; `seed` an int64 scalar tensor on the data's device,
-`None` for no dropout. The mask is a function of (seed, row, column), `reference.keep_mask`, the same
-in every backend, so that backward recomputes it.
+`None` for no dropout. The mask is a function of (seed, row, column), `reference.keep_mask`, the
+same in every backend, so that backward recomputes it.
 
 **Types.** float32, float64, bfloat16 or float16 tensors, all of one call in one type; accumulation
-in at least float32. Under `torch.autocast` the matrix products and attention run in autocast's type.
-Gradients are first-order. Every op is also `torch.ops.dynabert_fast.<name>`, for compile and export.
+in at least float32. Under `torch.autocast` matrix products and attention run in autocast's type.
+Gradients are first-order. Every op is also `torch.ops.dynabert_fast.<name>`, for compile, export.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def expand(
     if activation not in ACTIVATIONS:
         raise InputError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     x, weight, bias = _autocast(x, weight, bias)
-    keep_pre = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (x, weight, bias)
-    )
+    keep_pre = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
     return autograd.expand(x, weight, bias, extents, rows, activation, keep_pre)
 
 
@@ -290,7 +288,7 @@ def _blocks(
             counts,
         )
     _check(
-        1 <= min(extents) and max(extents) <= most,
+        min(extents) >= 1 and max(extents) <= most,
         "an extent must be in 1 to {}, got {}",
         most,
         extents,

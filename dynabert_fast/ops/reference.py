@@ -1,9 +1,9 @@
 """Every kernel in plain torch, for any device and floating-point type: the judge of all others.
 
 In float64 this is what correctness means; in other types it computes as plain torch would. Shapes
-and meanings are those of `dynabert_fast.ops`; here a call is already validated. Row blocks are given
-as two lists, `extents` and `rows`: block r is the next `rows[r]` rows, of which `extents[r]` columns
-(or heads) are active. Backward functions never read a gradient beyond its extent.
+and meanings are those of `dynabert_fast.ops`; here a call is already validated. Row blocks are
+given as two lists, `extents` and `rows`: block r is the next `rows[r]` rows, of which `extents[r]`
+columns (or heads) are active. Backward functions never read a gradient beyond its extent.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 (the name torch users know)
+from torch.nn import functional as F
 
 from dynabert_fast.ops.registry import Backend, register
 
@@ -160,9 +160,7 @@ def contract(
     x: Tensor, weight_t: Tensor, bias: Tensor, extents: Sequence[int], rows: Sequence[int]
 ) -> Tensor:
     """`x[:, :k] @ weight_t[:k] + bias` per block."""
-    outputs = [
-        torch.addmm(bias, x[block, :k], weight_t[:k]) for block, k in _blocks(extents, rows)
-    ]
+    outputs = [torch.addmm(bias, x[block, :k], weight_t[:k]) for block, k in _blocks(extents, rows)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -206,7 +204,7 @@ def _sequence_blocks(
 def _padded_index(offsets: Tensor, max_length: int, total: int) -> tuple[Tensor, Tensor]:
     """Token row of each padded position `[B, S]`, and which positions are real.
 
-    Padding repeats the sequence's own first token: rows of other sequences may be unspecified there.
+    Padding repeats the sequence's own first token: others' rows may be unspecified there.
     """
     position = torch.arange(max_length, device=offsets.device)
     starts, lengths = offsets[:-1, None].long(), offsets.diff()[:, None]
@@ -323,7 +321,7 @@ def _layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm of z `[T, D]` in z's type, with mean and 1/std `[T, 1]` in at least float32.
 
-    Computed in float32 throughout: torch on a CPU would round bfloat16's mean and 1/std to bfloat16.
+    In float32 throughout: torch on a CPU would round bfloat16's mean and 1/std to bfloat16.
     """
     wide = torch.promote_types(z.dtype, torch.float32)
     y, mean, rstd = torch.native_layer_norm(
@@ -431,7 +429,7 @@ def _loss_type(x: Tensor) -> torch.dtype:
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over rows of `-(softmax(teacher) * log_softmax(student)).sum(-1)`, in float32 or more."""
+    """Mean over rows of `-(softmax(teacher) * log_softmax(student)).sum(-1)`, a float32."""
     dtype = _loss_type(student)
     log_student = student.log_softmax(-1, dtype=dtype)
     return -(teacher.softmax(-1, dtype=dtype) * log_student).sum(-1).mean()

@@ -1,4 +1,4 @@
-"""Which backend computes an op: declared candidates, a fixed priority, and a reason for every refusal.
+"""Which backend computes an op: declared candidates, a fixed priority, a reason for each refusal.
 
 A backend is a module that defines one function per kernel (`expand`, `expand_backward`, ...; the
 contracts are in `dynabert_fast.ops`) and registers itself:
@@ -7,7 +7,7 @@ contracts are in `dynabert_fast.ops`) and registers itself:
                             dtypes=(torch.float32, torch.bfloat16), supports=why_not))
 
 `resolve` walks `PRIORITY`, takes the first backend that declares no reason against the call, and
-remembers the choice for that (kernel, device, dtype). Falling back to `reference` says so once, at INFO.
+remembers the choice for that (kernel, device, dtype). Falling back says so once, at INFO.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def resolve(kernel: str, device: torch.device, dtype: torch.dtype) -> Callable[.
     """The function that computes `kernel` for tensors of this device and dtype.
 
     Raises:
-        InputError: A forced backend is unknown or cannot serve the call; the message has its reason.
+        InputError: A forced backend is unknown or cannot serve the call; the message says why.
     """
     forced = forced_backend()
     key = (forced or "", kernel, device, dtype)
@@ -128,7 +128,9 @@ def _choose(
             refusals.append(f"{name} {reason}")
             continue
         if refusals:
-            logger.info("%s on %s %s: %s, because %s", kernel, device, dtype, name, "; ".join(refusals))
+            logger.info(
+                "%s on %s %s: %s, because %s", kernel, device, dtype, name, "; ".join(refusals)
+            )
         return backend.kernels[kernel]
     raise InputError(f"no backend computes {kernel} on {device} {dtype}: {'; '.join(refusals)}")
 

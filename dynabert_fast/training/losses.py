@@ -1,4 +1,4 @@
-"""What a sub-network learns from its teacher: logits and matched hidden states (paper, section 3.2)."""
+"""What a sub-network learns from its teacher: logits and matched hidden states (section 3.2)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Distillation:
     Attributes:
         logits: Weight of the logits' loss (the paper's lambda_1).
         hidden: Weight of the hidden states' loss (lambda_2); 0 leaves them out.
-        teacher_width: `same`: the teacher runs at the student's width (the paper); `full`: always at
-            full width (the released code), one teacher pass per batch.
+        teacher_width: `same`: the teacher runs at the student's width (the paper); `full`: always
+            at full width (the released code), one teacher pass per batch.
     """
 
     logits: float = 1.0

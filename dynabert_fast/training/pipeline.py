@@ -1,15 +1,15 @@
 """`fit`: fine-tune, rewire, train widths, train depths, evaluate; one resumable output folder.
 
-    output/
-      fit.json       the settings, which a resumed run must repeat
-      teacher/       the fine-tuned model
-      rewired/       the same function, heads and neurons sorted by importance
-      width/         stage 1: every width is good
-      dynabert/      stage 2: every width and depth is good
-      final/         stage 3, if asked for
-      grid.json      the evaluation grid
-      grid.md        the same as a table
-      report.html    the same as a page
+output/
+  fit.json       the settings, which a resumed run must repeat
+  teacher/       the fine-tuned model
+  rewired/       the same function, heads and neurons sorted by importance
+  width/         stage 1: every width is good
+  dynabert/      stage 2: every width and depth is good
+  final/         stage 3, if asked for
+  grid.json      the evaluation grid
+  grid.md        the same as a table
+  report.html    the same as a page
 """
 
 from __future__ import annotations

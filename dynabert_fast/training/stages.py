@@ -7,8 +7,8 @@
 | depth    | stage "width"'s model / the same, fixed      | whole grid   | SCE + sum of MSE      |
 | final    | stage "depth"'s model / none                 | whole grid   | labels                |
 
-Hyper-parameters are the paper's for every stage: learning rate 2e-5, batch 32, 3 epochs, linear decay,
-AdamW without weight decay, gradients clipped at 1.0.
+Hyper-parameters are the paper's for every stage: learning rate 2e-5, batch 32, 3 epochs, linear
+decay, AdamW without weight decay, gradients clipped at 1.0.
 """
 
 from __future__ import annotations
@@ -109,7 +109,13 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train."""
-        for name in ("learning_rate", "batch_size", "epochs", "gradient_accumulation", "eval_batch_size"):
+        for name in (
+            "learning_rate",
+            "batch_size",
+            "epochs",
+            "gradient_accumulation",
+            "eval_batch_size",
+        ):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.warmup is not None and not 0 <= self.warmup < 1:
@@ -253,7 +259,12 @@ class _Log(TrainerCallback):
         print(line, flush=True)
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Print the loss, or the grid's mean and ends after an evaluation."""
         if not state.is_world_process_zero or logs is None:
@@ -273,7 +284,12 @@ class _Progress(ProgressCallback):
         self.log = _Log(stage)
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
         if self.training_bar is not None:
             self.log.write = self.training_bar.write  # type: ignore[method-assign]
@@ -281,10 +297,12 @@ class _Progress(ProgressCallback):
 
 
 def _describe_grid(logs: dict[str, float]) -> str:
-    """`accuracy 0.873 (full) 0.812 (smallest) 0.851 (mean of 12)`, from the log of an evaluation."""
+    """`accuracy: w1.00-d1.00 0.8730 to w0.25-d0.50 0.8120, mean of 12 0.8510`, from a log."""
     cells: dict[str, tuple[str, float]] = {}
     for key, value in logs.items():
-        parts = key.split("_", 2)  # eval_<sub-network>_<metric>; the first metric is the primary one
+        parts = key.split(
+            "_", 2
+        )  # eval_<sub-network>_<metric>; the first metric is the primary one
         if len(parts) == 3 and parts[1].startswith(("w", "l")):
             cells.setdefault(parts[1], (parts[2], value))
     names = list(cells)
@@ -294,5 +312,3 @@ def _describe_grid(logs: dict[str, float]) -> str:
     mean = logs[f"eval_{GRID_SUM}"] / len(names)
     ends = " to ".join(f"{name} {cells[name][1]:.4f}" for name in (names[0], names[-1]))
     return f"{metric}: {ends}, mean of {len(names)} {mean:.4f}"
-
-

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -152,7 +152,7 @@ class ElasticTrainer(Trainer):
 
     # --- evaluation -------------------------------------------------------------------------------
 
-    def evaluate(  # type: ignore[override]
+    def evaluate(
         self,
         eval_dataset: EncodedDataset | None = None,
         ignore_keys: list[str] | None = None,
@@ -178,9 +178,8 @@ class ElasticTrainer(Trainer):
         }
         metrics[f"{metric_key_prefix}_{GRID_SUM}"] = total_score(scores)
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = control
         return metrics
 
     # --- checkpoints ------------------------------------------------------------------------------
@@ -233,9 +232,7 @@ class _SaveEvery(TrainerCallback):
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
-    def on_step_end(
-        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save |= state.global_step % self.steps == 0
 
 

@@ -49,6 +49,16 @@ ROW_BLOCKS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def nan_in_new_memory():
+    """What an op allocates and does not write is NaN, not a zero that happened to be there."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture(params=ROW_BLOCKS.values(), ids=ROW_BLOCKS.keys())
 def blocks(request) -> RowBlocks:
     return request.param

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name torch users know)
 
+# Tiny products gain nothing from threads, and lose much of the time where other work fills the cores.
+torch.set_num_threads(1)
+
 # Small and unround, so that a swapped dimension does not go unnoticed: d = 6, and D != H * d once cut.
 SIZES = {
     "vocab_size": 61,

@@ -155,7 +155,7 @@ def test_grid_sorts_and_drops_duplicates():
             lambda: Subnet.from_extents(BERT, [0, 1], [12], [3072, 3072]),
             "heads and neurons for each; got 2 layers, 1 heads, 2 neurons",
         ),
-        (lambda: Subnet.from_extents(BERT, [], [], []), "at least one layer"),
+        (lambda: Subnet.from_extents(BERT, [], [], []), "one layer or more"),
         (
             lambda: Subnet.from_extents(BERT, [1, 1], [1, 1], [1, 1]),
             "layers must be strictly ascending, got [1, 1]",

@@ -7,7 +7,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,20 @@ def _own_task(
     return Task(name, text_columns, label, metric, regression)
 
 
+# What a file holds may be long and have line breaks in it; an error message is one line.
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _show_names(names: Iterable[str], limit: int = 12) -> str:
+    shown = [name if name.isprintable() and len(name) <= 80 else _show(name) for name in names]
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more
+
+
 # Reading tables
 
 
@@ -321,7 +335,7 @@ def _pick(
         else:
             raise InputError(
                 f"{path}, line {number}: {len(fields)} fields where there should be {len(header)} "
-                f"({', '.join(header)})"
+                f"({_show_names(header)})"
             )
 
 
@@ -331,7 +345,7 @@ def _position(path: Path, header: Sequence[str], column: str) -> int:
     count = list(header).count(column)
     if count != 1:
         problem = "no column" if count == 0 else f"{count} columns"
-        raise InputError(f"{path} has {problem} {column!r}; its columns are {', '.join(header)}")
+        raise InputError(f"{path} has {problem} {column!r}; its columns are {_show_names(header)}")
     return list(header).index(column)
 
 
@@ -345,7 +359,7 @@ def _json_records(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, list
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error}); a line must be one object") from error
         if not isinstance(record, dict):
-            raise InputError(f"{where}: a line must be one JSON object, got {line.strip()[:40]!r}")
+            raise InputError(f"{where}: a line must be one JSON object, got {_show(line.strip())}")
         yield number, _fields(record, wanted, where)
 
 
@@ -353,13 +367,15 @@ def _fields(record: dict[str, Any], wanted: Sequence[str], where: str) -> list[s
     """The texts and the label (last in `wanted`) of a record whose values are typed."""
     missing = [column for column in wanted if column not in record]
     if missing:
-        raise InputError(f"{where}: no column {missing[0]!r}; the columns are {', '.join(record)}")
+        raise InputError(
+            f"{where}: no column {missing[0]!r}; the columns are {_show_names(record)}"
+        )
     *texts, label = (record[column] for column in wanted)
     for column, text in zip(wanted, texts, strict=False):
         if not isinstance(text, str) or _SURROGATE.search(text):
-            raise InputError(f"{where}: column {column!r} must be text, got {text!r}")
+            raise InputError(f"{where}: column {column!r} must be text, got {_show(text)}")
     if not isinstance(label, str | int | float):
-        raise InputError(f"{where}: label {label!r} must be a string or a number")
+        raise InputError(f"{where}: label {_show(label)} must be a string or a number")
     return [*texts, str(label)]
 
 
@@ -392,14 +408,15 @@ def _hub_table(splits: dict[str, Any], name: str, split: str, task: Task) -> _Ta
     source = f"data set {name}, split {split}"
     if split not in splits:
         raise InputError(
-            f"data set {name} has no split {split!r}; its splits are {', '.join(splits)}"
+            f"data set {name} has no split {split!r}; its splits are {_show_names(splits)}"
         )
     data = splits[split]
     wanted = (*task.text_columns, task.label_column)
     missing = [column for column in wanted if column not in data.column_names]
     if missing:
         raise InputError(
-            f"{source} has no column {missing[0]!r}; its columns are {', '.join(data.column_names)}"
+            f"{source} has no column {missing[0]!r}; "
+            f"its columns are {_show_names(data.column_names)}"
         )
     if len(data) == 0:
         raise InputError(f"{source} has no rows: choose another split")
@@ -460,7 +477,8 @@ def _label_names(task: Task, train: _Table) -> tuple[str, ...]:
         raise InputError(f"{train.at(train.labels.index(''))}: the label is empty")
     if len(found) < 2:
         raise InputError(
-            f"{train.source}: every label is {train.labels[0]!r}; classification needs two or more"
+            f"{train.source}: every label is {_show(train.labels[0])}; "
+            "classification needs two or more"
         )
     if all(_NUMBER.fullmatch(label) for label in found):
         return tuple(sorted(found, key=lambda label: (float(label), label)))
@@ -477,14 +495,10 @@ def _ids(table: _Table, names: tuple[str, ...]) -> list[int]:
     for index, label in enumerate(table.labels):
         if label not in ids:
             raise InputError(
-                f"{table.at(index)}: label {label!r} is not in the label set ({_shorten(names)})"
+                f"{table.at(index)}: label {_show(label)} is not in the label set "
+                f"({_show_names(names)})"
             )
     return [ids[label] for label in table.labels]
-
-
-def _shorten(names: Sequence[str], limit: int = 10) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _values(table: _Table) -> list[float]:
@@ -495,7 +509,7 @@ def _values(table: _Table) -> list[float]:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise InputError(f"{table.at(index)}: label {label!r} is not a finite number")
+            raise InputError(f"{table.at(index)}: label {_show(label)} is not a finite number")
         values.append(value)
     return values
 

@@ -40,8 +40,7 @@ def _correlation(function: Callable[..., Any], labels: Array, predicted: Array) 
         return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-        value = float(function(labels, predicted).statistic)
-    return value if np.isfinite(value) else 0.0
+        return float(function(labels, predicted).statistic)
 
 
 def _pearson(labels: Array, predicted: Array) -> float:

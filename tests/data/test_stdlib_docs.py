@@ -132,6 +132,7 @@ match 1:
             class A:
                 'In a class. {0}'
                 async def f(self):
+                    'In a coroutine. {0} {0} {0}'
                     def inner():
                         'In a function. {0} {0}'
 """
@@ -142,7 +143,11 @@ def test_packages_and_nested_definitions(tmp_path: Path) -> None:
     (package / "inner").mkdir(parents=True)
     (package / "inner" / "deep.py").write_text(NESTED.format(PROSE))
     found = [text for text in texts(build_stdlib_docs(library=tmp_path)) if PROSE in text]
-    assert sorted(found) == [f"In a class. {PROSE}", f"In a function. {PROSE} {PROSE}"]
+    assert sorted(found) == [
+        f"In a class. {PROSE}",
+        f"In a coroutine. {PROSE} {PROSE} {PROSE}",
+        f"In a function. {PROSE} {PROSE}",
+    ]
 
 
 def test_a_text_under_two_topics_is_left_out(tmp_path: Path) -> None:

@@ -120,7 +120,12 @@ def test_nearly_constant_predictions_do_not_warn() -> None:
 @pytest.mark.parametrize("metric", CLASSIFICATION_METRICS)
 @pytest.mark.parametrize(
     ("predicted", "labels"),
-    [((0, 0, 0), [0, 1, 1]), ((0, 1, 0), [1, 1, 1]), ((1, 1, 1), [1, 1, 1])],
+    [
+        ((0, 0, 0), [0, 1, 1]),
+        ((0, 1, 0), [1, 1, 1]),
+        ((1, 1, 1), [1, 1, 1]),
+        ((0, 0, 0), [0, 0, 0]),
+    ],
 )
 def test_one_class_only(metric: str, predicted: tuple[int, ...], labels: list[int]) -> None:
     result = compute_metrics(metric, logits(*predicted), labels)

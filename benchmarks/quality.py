@@ -4,10 +4,11 @@
 
 fine-tunes a teacher, then compares, over the same grid and development set:
 
-    sliced               prefixes of the teacher, not trained
-    sliced, rewired      prefixes of the rewired teacher, not trained
-    distilled            the whole pipeline (rewire, train widths, train widths and depths)
-    distilled, unsorted  the same without rewiring
+    sliced                      prefixes of the teacher, not trained
+    sliced, rewired             prefixes of the rewired teacher, not trained
+    widths distilled, unsorted  stage "width" from the teacher as it is
+    widths distilled            stage "width" from the rewired teacher
+    distilled                   stage "depth" from the latter: the whole pipeline
 
 Every part is resumable: run it again after an interruption. Results go to
 `benchmarks/results/quality/<task>.json` and `.md`.
@@ -23,7 +24,7 @@ from typing import Any
 from dynabert_fast.cli.arguments import quiet_libraries
 from dynabert_fast.data import load_glue
 from dynabert_fast.evaluation import environment, make_batches, primary_metric, score_grid
-from dynabert_fast.subnet import DEPTHS, WIDTHS
+from dynabert_fast.subnet import DEPTHS, WIDTHS, grid
 from dynabert_fast.training import TrainingOptions, run_stage, stages
 from dynabert_fast.training.pipeline import (
     finetune,
@@ -35,12 +36,13 @@ from dynabert_fast.training.pipeline import (
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 
-#: Title of each comparison, and the folder of its model.
-GRIDS = {
-    "sliced": "teacher",
-    "sliced, rewired": "rewired",
-    "distilled": "dynabert",
-    "distilled, unsorted": "dynabert-unsorted",
+#: Title of each comparison: the folder of its model and the depths that it was made for.
+COMPARED = {
+    "sliced": ("teacher", DEPTHS),
+    "sliced, rewired": ("rewired", DEPTHS),
+    "widths distilled, unsorted": ("width-unsorted", (1.0,)),
+    "widths distilled": ("width", (1.0,)),
+    "distilled": ("dynabert", DEPTHS),
 }
 
 
@@ -57,17 +59,16 @@ def main() -> None:
     finetune(args.model, data, encoded, teacher, _options(args, args.finetune_epochs), resume=True)
     if not rewired.is_dir():
         rewire_checkpoint(teacher, encoded, rewired)
-    for start, suffix in ((rewired, ""), (teacher, "-unsorted")):
-        width, depth = work / f"width{suffix}", work / f"dynabert{suffix}"
-        for name, student, taught_by, folder in (
-            ("width", start, teacher, width),
-            ("depth", width, width, depth),
-        ):
-            if not folder.is_dir():
-                models = load_model(student), load_model(taught_by)
-                run_stage(
-                    stages()[name], models[0], encoded, folder, distil, models[1], resume=True
-                )
+    for name, student, taught_by, folder in (
+        ("width", rewired, teacher, "width"),
+        ("depth", work / "width", work / "width", "dynabert"),
+        ("width", teacher, teacher, "width-unsorted"),
+    ):
+        if not (work / folder).is_dir():
+            models = load_model(student), load_model(taught_by)
+            run_stage(
+                stages()[name], models[0], encoded, work / folder, distil, models[1], resume=True
+            )
     _write(args, data, encoded, work)
 
 
@@ -101,9 +102,10 @@ def _options(args: argparse.Namespace, epochs: float) -> TrainingOptions:
 def _write(args: argparse.Namespace, data: Any, encoded: Any, work: Path) -> None:
     batches = make_batches(encoded.dev, encoded.collator, 64)
     grids: dict[str, dict[str, float]] = {}
-    for title, folder in GRIDS.items():
+    for title, (folder, depths) in COMPARED.items():
         model = load_model(work / folder)
-        scores = score_grid(model, batches, stages()["depth"].subnets(model), encoded.metric)
+        subnets = grid(model.config, WIDTHS, depths)
+        scores = score_grid(model, batches, subnets, encoded.metric)
         grids[title] = {name: next(iter(values.values())) for name, values in scores.items()}
     arguments = {k: v for k, v in vars(args).items() if k not in ("data_dir", "model", "work")}
     result = {
@@ -134,10 +136,11 @@ def _markdown(result: dict[str, Any]) -> str:
     ]
     for title, cells in result["grids"].items():
         lines += ["", f"**{title}**", ""]
-        lines.append("| width \\ depth | " + " | ".join(map(str, DEPTHS)) + " |")
-        lines.append("|---" * (len(DEPTHS) + 1) + "|")
+        depths = COMPARED[title][1]
+        lines.append("| width \\ depth | " + " | ".join(map(str, depths)) + " |")
+        lines.append("|---" * (len(depths) + 1) + "|")
         for width in WIDTHS:
-            row = [f"{100 * cells[f'w{width:.2f}-d{depth:.2f}']:.1f}" for depth in DEPTHS]
+            row = [f"{100 * cells[f'w{width:.2f}-d{depth:.2f}']:.1f}" for depth in depths]
             lines.append(f"| {width} | " + " | ".join(row) + " |")
     env = result["environment"]
     lines += ["", f"{env['device']}, torch {env['torch']}, transformers {env['transformers']}."]

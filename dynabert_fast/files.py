@@ -30,30 +30,47 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield aside
         _flush(aside)
         old = target.with_name(f".{target.name}.old")
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        aside.rename(target)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        if target.exists():
+            target.rename(old)
+        try:
+            aside.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:  # what the tokenizers library raises is nothing more special
         if not is_write_failure(error):
             raise
-        reason = str(error).splitlines()[0]
         raise SaveError(
-            f"could not save {target} ({reason}); what was saved before is intact: "
+            f"could not save {target} ({_reason(error)}); what was saved before is intact: "
             "free some space or choose another folder, then go on from there"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+# How libraries that raise errors of their own say that the system refused a write: safetensors and
+# tokenizers quote it, torch.save only finds that less was written than should be.
+_QUOTED = "(os error"
+_TORCH = ("unexpected pos", "failed writing", "iostream error")
+
+
 def is_write_failure(error: Exception) -> bool:
     """Whether an exception says that the system refused a write, in the words of any library."""
     if isinstance(error, OSError):
         return True
-    # safetensors and torch.save report a refused write as error types of their own.
-    text = str(error).lower()
-    return any(words in text for words in ("(os error", "unexpected pos", "failed writing"))
+    if type(error) is Exception or isinstance(error, SafetensorError):
+        return _QUOTED in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH)
+
+
+def _reason(error: Exception) -> str:
+    """One line for people."""
+    if isinstance(error, RuntimeError):
+        return "the system refused a write of torch.save"
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _flush(folder: Path) -> None:
@@ -73,9 +90,20 @@ def new_folder(path: str | Path) -> Path:
     Raises:
         InputError: It exists and is not empty, or is a file.
     """
-    path = Path(path)
-    if path.is_file():
-        raise InputError(f"{path} is a file; name a folder that does not exist yet")
+    path = old_or_new_folder(path)
     if path.is_dir() and any(path.iterdir()):
         raise InputError(f"{path} is not empty; name another folder, or delete it first")
+    return path
+
+
+def old_or_new_folder(path: str | Path) -> Path:
+    """A folder that a command may make or add to.
+
+    Raises:
+        InputError: It, or a part of its path, is a file.
+    """
+    path = Path(path)
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise InputError(f"{part} is a file; name a folder")
     return path

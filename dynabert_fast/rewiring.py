@@ -96,24 +96,21 @@ class Rewiring:
 
     def describe(self, widths: Iterable[float] = (0.75, 0.5, 0.25)) -> str:
         """A table: each layer's heads in stored order, and the importance that each width keeps."""
-        widths = list(widths)
+        widths, title = list(widths), "heads, most important first"
+        stored = [" ".join(map(str, order.tolist())) for order in self.head_order]
+        wide = max(len(title), *map(len, stored))
         lines = [
             f"importance summed over {self.batches} batches ({self.accumulation}); "
-            "heads in stored order, numbered as before rewiring",
-            "layer  heads, most important first"
-            + " " * 20
-            + "share of importance kept: "
-            + "  ".join(f"w{w:.2f}" for w in widths),
+            "heads in stored order, numbered as before rewiring; share of importance kept by width",
+            "  ".join(["layer", f"{title:<{wide}}", *(f"w{w:.2f}".ljust(23) for w in widths)]),
         ]
-        for layer, (order, importance, neurons) in enumerate(
-            zip(self.head_order, self.head_importance, self.neuron_importance, strict=True)
-        ):
-            kept = "  ".join(
-                f"{_share(importance, w):4.0%} heads {_share(neurons, w):4.0%} neurons"
-                for w in widths
+        shares = zip(stored, self.head_importance, self.neuron_importance, strict=True)
+        for layer, (order, heads, neurons) in enumerate(shares):
+            kept = (
+                f"{_share(heads, w):4.0%} heads {_share(neurons, w):4.0%} neurons" for w in widths
             )
-            lines.append(f"{layer:5d}  {' '.join(map(str, order.tolist())):<40s}  {kept}")
-        return "\n".join(lines)
+            lines.append("  ".join([f"{layer:5d}", f"{order:<{wide}}", *kept]))
+        return "\n".join(line.rstrip() for line in lines)
 
 
 _TENSORS = ("head_importance", "neuron_importance", "head_order", "neuron_order")

@@ -12,12 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 (the name torch users know)
+from torch.nn import functional as F
 
-# Tiny products gain nothing from threads, and lose much of the time where other work fills the cores.
+# Tiny products gain nothing from threads, and wait for them where other work fills the cores.
 torch.set_num_threads(1)
 
-# Small and unround, so that a swapped dimension does not go unnoticed: d = 6, and D != H * d once cut.
+# Small and unround, so that a swapped dimension does not go unnoticed: d = 6, D != N.
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 24,
@@ -72,7 +72,7 @@ def make_model() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def make_hf() -> Callable[..., Any]:
-    """`make_hf("roberta", "Model" | "ForSequenceClassification" | ..., **config)`: one of theirs."""
+    """`make_hf("roberta", "Model", **config)`: one of theirs, a classifier by default."""
     import transformers
 
     names = {
@@ -126,17 +126,15 @@ def make_batch() -> Callable[..., dict[str, Tensor]]:
 def dense_forward() -> Callable[..., tuple[Tensor, list[Tensor]]]:
     """Logits and hidden states of a sub-network in padded plain torch, from Hugging Face's weights.
 
-    `dense_forward(state, config, subnet, batch, head_masks=None)`: weights are sliced, the head size
-    is kept. It shares no code with the package. `head_masks` `[H]` per kept layer multiply the
-    heads' outputs.
+    `dense_forward(state, config, subnet, batch, head_masks=None)`: weights are sliced, the head
+    size is kept. It shares no code with the package. `head_masks` `[H]` per kept layer multiply
+    the heads' outputs.
     """
 
     def forward(state, config, subnet, batch, head_masks=None):
         family = "bert" if config.backbone == "bert" else "roberta"
         base = {name.removeprefix(f"{family}."): tensor for name, tensor in state.items()}
-        ids, mask, types = (
-            batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")
-        )
+        ids, mask, types = (batch[k] for k in ("input_ids", "attention_mask", "token_type_ids"))
 
         def linear(x, name, rows=None, columns=None):
             return F.linear(x, base[f"{name}.weight"][:rows, :columns], base[f"{name}.bias"][:rows])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from dynabert_fast.errors import InputError
 from dynabert_fast.models import DynaBertForSequenceClassification, DynaBertModel
@@ -53,7 +53,11 @@ def by_definition(dense_forward, model, batches, accumulation):
         found = [mask.grad for mask in masks] + [
             state[f"bert.encoder.layer.{layer}.{name}"].grad
             for layer in range(LAYERS)
-            for name in ("intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight")
+            for name in (
+                "intermediate.dense.weight",
+                "intermediate.dense.bias",
+                "output.dense.weight",
+            )
         ]
         if running is not None and accumulation == "running":
             found = [a + b for a, b in zip(running, found, strict=True)]
@@ -102,7 +106,10 @@ def test_per_batch_adds_up(make_model, batches):
 def test_order_is_descending_and_ties_keep_their_place(make_model, batches):
     model = make_model()
     with torch.no_grad():  # two heads and all neurons of a layer that do nothing: importance zero
-        attention, ffn = model.dynabert.encoder.layer[1].attention, model.dynabert.encoder.layer[1].ffn
+        attention, ffn = (
+            model.dynabert.encoder.layer[1].attention,
+            model.dynabert.encoder.layer[1].ffn,
+        )
         attention.out.weight_t.view(HEADS, 6, -1)[[0, 2]] = 0
         ffn.down.weight_t.zero_()
     got = measure(model, batches)
@@ -232,7 +239,7 @@ def test_every_head_and_neuron_moves_as_one(make_model, batches):
 
 
 def test_a_narrow_subnet_now_holds_the_most_important(make_model, make_batch, batches):
-    """Put the important heads last: sliced before rewiring they are lost, after it they are kept."""
+    """Put what matters last: a slice loses it before rewiring, and keeps it after."""
     model = make_model(dtype=torch.float64)
     with torch.no_grad():
         for layer in model.dynabert.encoder.layer:

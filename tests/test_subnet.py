@@ -1,4 +1,4 @@
-"""The paper's rule, names that read back, and one clear sentence for everything that does not fit."""
+"""The paper's rule, names that read back, one clear sentence for everything that does not fit."""
 
 from __future__ import annotations
 

@@ -1,21 +1,47 @@
-"""Arguments that several commands share, and what they mean. Heavy imports stay inside functions."""
+"""Arguments that several commands share, and what they mean.
+
+Heavy imports stay inside functions: `--help` answers without them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynabert_fast.errors import InputError
 from dynabert_fast.subnet import DEPTHS, WIDTHS
 
 if TYPE_CHECKING:
     from dynabert_fast.data import TaskData
-    from dynabert_fast.training import Stage, TrainingOptions
+    from dynabert_fast.models import DynaBertConfig
+    from dynabert_fast.training import Stage, StageData, TrainingOptions
+
+PROGRAM = "dynabert-fast"
 
 #: The stages in order, and what their options are called in messages.
 STAGES = ("finetune", "width", "depth", "final")
+
+_COLUMNS = ("text_column", "pair_column", "label_column", "regression", "metric")
+#: The options that go with each source of data.
+_SOURCES = {
+    "task": ("data_dir",),
+    "train_file": ("dev_file", *_COLUMNS),
+    "dataset": ("dataset_config", "dev_split", *_COLUMNS),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, as every other error here does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report bad usage and exit with code 2."""
+        self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
 
 
 def add_command(
@@ -33,36 +59,94 @@ def add_command(
     return parser
 
 
+def number(
+    kind: type[int] | type[float],
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> Callable[[str], Any]:
+    """The argparse type of an `int` or finite `float`: `>= least`, `> above` and `< below`."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {name}, got {text!r}") from None
+        if not (least <= value and above < value < below):  # NaN and infinity too are refused
+            bounds = [
+                f"{word} {bound:g}"
+                for word, bound in (("at least", least), ("above", above), ("below", below))
+                if math.isfinite(bound)
+            ]
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds)}, got {text}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, least=1)
+NATURAL = number(int, least=0)
+POSITIVE = number(float, above=0)
+NOT_NEGATIVE = number(float, least=0)
+
+
 def multipliers(text: str) -> tuple[float, ...]:
-    """`1,0.75,0.5` as numbers."""
+    """`1,0.75,0.5` as numbers in (0, 1]."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        values = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"expected numbers separated by commas, like 1,0.75,0.5, got {text!r}"
+            f"must be numbers separated by commas, like 1,0.75,0.5, got {text!r}"
         ) from None
+    for value in values:
+        if not 0 < value <= 1:  # also refuses NaN
+            raise argparse.ArgumentTypeError(f"must be above 0 and at most 1 each, got {value:g}")
+    return values
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Where labelled texts come from."""
     group = parser.add_argument_group(
-        "data", "one of: a published task, your own files, a hub data set"
+        "data", "one of: --task (published), --train-file (your own), --dataset (hub)"
     )
-    group.add_argument("--task", help="published task: cola, sst2, mrpc, stsb, ..., trec")
-    group.add_argument("--data-dir", help="folder of the task's files, or of many tasks")
-    group.add_argument("--train-file", help="your own CSV, TSV or JSONL file")
-    group.add_argument("--dev-file", help="development file (default: a tenth of the training file)")
-    group.add_argument("--dataset", help="hub data set (or local folder), read with `datasets`")
-    group.add_argument("--dataset-config", help="its configuration")
-    group.add_argument("--dev-split", default="validation", help="its development split")
-    group.add_argument("--text-column", help="column of the text")
-    group.add_argument("--pair-column", help="column of the second text, for pairs")
-    group.add_argument("--label-column", help="column of the label")
-    group.add_argument("--regression", action="store_true", help="labels are numbers to predict")
-    group.add_argument("--metric", help="primary metric (default: the task's)")
-    group.add_argument("--max-train", type=int, help="keep at most this many training examples")
-    group.add_argument("--max-length", type=int, default=128, help="tokens per text (default 128)")
-    group.add_argument("--data-seed", type=int, default=0, help="seed of sampling and splitting")
+    add = group.add_argument
+    add("--task", metavar="NAME", help="published task: cola, sst2, mrpc, stsb, ..., trec")
+    add("--data-dir", metavar="DIR", help="folder of the task's files, or of many tasks")
+    add("--train-file", metavar="FILE", help="your own CSV, TSV or JSONL file")
+    add("--dev-file", metavar="FILE", help="development file (default: a tenth of --train-file)")
+    add("--dataset", metavar="NAME", help="hub data set (or local folder), read with `datasets`")
+    add("--dataset-config", metavar="NAME", help="its configuration")
+    add(
+        "--dev-split",
+        metavar="NAME",
+        help="its development split (default validation), or none: a tenth of the training split",
+    )
+    add("--text-column", metavar="NAME", help="column of the text")
+    add("--pair-column", metavar="NAME", help="column of the second text, for pairs")
+    add("--label-column", metavar="NAME", help="column of the label")
+    add("--regression", action="store_true", help="labels are numbers to predict")
+    add(
+        "--metric",
+        metavar="NAME",
+        help="accuracy, accuracy_f1, f1, matthews; for regression spearman, pearson, neg_mse "
+        "(default: the first)",
+    )
+    add("--max-train", type=COUNT, metavar="N", help="keep at most so many training examples")
+    add(
+        "--max-length",
+        type=COUNT,
+        default=128,
+        metavar="N",
+        help="cut texts to so many tokens (default 128)",
+    )
+    add(
+        "--data-seed",
+        type=NATURAL,
+        default=0,
+        metavar="N",
+        help="seed of sampling and splitting (default 0)",
+    )
 
 
 def load_data(args: argparse.Namespace, only_dev: bool = False) -> TaskData:
@@ -77,59 +161,79 @@ def load_data(args: argparse.Namespace, only_dev: bool = False) -> TaskData:
     """
     from dynabert_fast.data import load_files, load_glue, load_hub
 
-    train_file = args.train_file or (args.dev_file if only_dev else None)
-    sources = {"--task": args.task, "--train-file": train_file, "--dataset": args.dataset}
-    given = [name for name, value in sources.items() if value]
-    if len(given) != 1:
-        raise InputError(
-            f"give one of {', '.join(sources)}, got {' and '.join(given) or 'none of them'}"
-        )
-    if args.task:
+    # A development file by itself is a source where nothing is trained.
+    lone = only_dev and not (args.task or args.train_file or args.dataset)
+    train_file = args.dev_file if lone else args.train_file
+    source = _source(args, train_file, only_dev)
+    if source == "task":
         if not args.data_dir:
             raise InputError("--task needs --data-dir, the folder of its files")
         data = load_glue(args.task, args.data_dir, max_train=args.max_train, seed=args.data_seed)
     else:
         for option in ("text_column", "label_column"):
             if not getattr(args, option):
-                name = "--" + option.replace("_", "-")
-                raise InputError(f"{given[0]} needs {name}, the name of a column")
-        columns = {
-            "text_column": args.text_column,
-            "pair_column": args.pair_column,
-            "label_column": args.label_column,
-            "regression": args.regression,
-            "metric": args.metric,
-            "max_train": args.max_train,
-            "seed": args.data_seed,
-        }
-        if args.dataset:
-            data = load_hub(args.dataset, args.dataset_config, dev_split=args.dev_split, **columns)
+                name = _flag("dev_file" if lone else source)
+                raise InputError(f"{name} needs {_flag(option)}, the name of a column")
+        own = {name: getattr(args, name) for name in _COLUMNS}
+        own |= {"max_train": args.max_train, "seed": args.data_seed}
+        if source == "dataset":
+            split = args.dev_split or "validation"
+            dev_split = None if split == "none" else split
+            data = load_hub(args.dataset, args.dataset_config, dev_split=dev_split, **own)
         else:
-            data = load_files(train_file, args.dev_file, **columns)
+            data = load_files(train_file, args.dev_file, **own)
     for note in data.notes:
         print(note)
     return data
 
 
-def align_labels(data: TaskData, names: dict[int, str]) -> TaskData:
+def _source(args: argparse.Namespace, train_file: str | None, only_dev: bool) -> str:
+    """Which of `_SOURCES` the data come from; options of another one are refused, not ignored."""
+    values = {"task": args.task, "train_file": train_file, "dataset": args.dataset}
+    given = [source for source, value in values.items() if value]
+    if len(given) != 1:
+        allowed = ", ".join(map(_flag, _SOURCES)) + (", or --dev-file alone" if only_dev else "")
+        got = " and ".join(map(_flag, given)) or "none of them"
+        raise InputError(f"say where the data are: one of {allowed}; got {got}")
+    for option in (name for names in _SOURCES.values() for name in names):
+        if getattr(args, option) and option not in _SOURCES[given[0]]:
+            raise InputError(f"{_flag(option)} does not go with {_flag(given[0])}; leave it out")
+    return given[0]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def align_labels(data: TaskData, config: DynaBertConfig) -> TaskData:
     """The data with label ids as a checkpoint numbers them.
 
     Args:
         data: Labels numbered by the data.
-        names: The checkpoint's `id2label`.
+        config: The checkpoint's configuration.
 
     Raises:
-        InputError: A label is not one of the checkpoint's.
+        InputError: A label is not one of the checkpoint's, or one side is regression.
     """
+    names: dict[int, str] = config.id2label
     if data.task.regression:
         if len(names) != 1:
-            raise InputError(f"the checkpoint has {len(names)} classes; regression needs one output")
+            raise InputError(
+                f"the checkpoint tells {len(names)} classes apart; regression needs one output"
+            )
         return data
+    if len(names) == 1:
+        raise InputError(
+            "the checkpoint predicts a number (it has one output); --regression reads such labels"
+        )
     ids = {name: i for i, name in names.items()}
     unknown = [name for name in data.label_names if name not in ids]
     if unknown:
+        unnamed = all(name == f"LABEL_{i}" for i, name in names.items())
+        advice = " (unnamed: fine-tune it, or name its classes in config.json)" if unnamed else ""
         raise InputError(
-            f"label {unknown[0]!r} is not one of the checkpoint's: {', '.join(map(repr, ids))}"
+            f"label {unknown[0]!r} is not one of the checkpoint's: "
+            f"{', '.join(map(repr, ids))}{advice}"
         )
     new = [ids[name] for name in data.label_names]
 
@@ -144,61 +248,114 @@ def align_labels(data: TaskData, names: dict[int, str]) -> TaskData:
     )
 
 
+def prepare(
+    args: argparse.Namespace, source: str, only_dev: bool = False, new_head: bool = False
+) -> tuple[TaskData, StageData]:
+    """The data, and the same tokenised for a checkpoint; what can be refused before is.
+
+    Args:
+        args: Parsed arguments of `add_data`.
+        source: The checkpoint: folder or hub id.
+        only_dev: As in `load_data`.
+        new_head: The checkpoint's own labels do not matter.
+
+    Raises:
+        InputError: The checkpoint or the data cannot be used, or do not fit each other.
+    """
+    from dynabert_fast.training.pipeline import (
+        check_length,
+        load_config,
+        load_tokenizer,
+        stage_data,
+    )
+
+    config = load_config(source)
+    check_length("max_length", args.max_length, config)
+    tokenizer = load_tokenizer(source)
+    data = load_data(args, only_dev)
+    if not new_head:
+        data = align_labels(data, config)
+    return data, stage_data(data, tokenizer, args.max_length)
+
+
 def add_grid(parser: argparse.ArgumentParser) -> None:
     """Widths and depths of the grid."""
     group = parser.add_argument_group("sub-networks")
     group.add_argument(
-        "--widths", type=multipliers, default=WIDTHS, help="width multipliers (default 1,0.75,0.5,0.25)"
+        "--widths",
+        type=multipliers,
+        default=WIDTHS,
+        metavar="LIST",
+        help="width multipliers (default 1,0.75,0.5,0.25)",
     )
     group.add_argument(
-        "--depths", type=multipliers, default=DEPTHS, help="depth multipliers (default 1,0.75,0.5)"
+        "--depths",
+        type=multipliers,
+        default=DEPTHS,
+        metavar="LIST",
+        help="depth multipliers (default 1,0.75,0.5)",
     )
 
 
 def add_training(parser: argparse.ArgumentParser, per_stage: bool = False) -> None:
     """Hyper-parameters; the defaults are the paper's."""
     group = parser.add_argument_group("training", "defaults are the paper's")
-    group.add_argument("--epochs", type=float, default=3.0, help="passes over the data (default 3)")
-    group.add_argument("--max-steps", type=int, default=-1, help="stop each stage after this many steps")
-    group.add_argument("--batch-size", type=int, default=32, help="examples per step (default 32)")
-    group.add_argument("--learning-rate", type=float, default=2e-5, help="peak rate (default 2e-5)")
+
+    def add(name: str, kind: Callable[[str], Any], default: Any, text: str) -> None:
+        group.add_argument(name, type=kind, default=default, metavar="N", help=text)
+
+    add("--epochs", POSITIVE, 3.0, "passes over the data (default 3)")
+    add("--max-steps", COUNT, -1, "stop each stage after so many steps")
+    add("--batch-size", COUNT, 32, "examples per step (default 32)")
+    add("--learning-rate", POSITIVE, 2e-5, "peak rate (default 2e-5)")
     if per_stage:
         for stage in STAGES:
-            group.add_argument(f"--{stage}-epochs", type=float, help=f"epochs of stage {stage}")
-            group.add_argument(f"--{stage}-learning-rate", type=float, help="peak rate, likewise")
-    group.add_argument("--warmup", type=float, help="share of steps (default 0; RoBERTa 0.06)")
-    group.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW (default 0)")
-    group.add_argument("--max-grad-norm", type=float, default=1.0, help="clipping (default 1)")
-    group.add_argument(
-        "--gradient-accumulation", type=int, default=1, help="batches per step (default 1)"
+            add(f"--{stage}-epochs", POSITIVE, None, f"passes of stage {stage}")
+            add(f"--{stage}-learning-rate", POSITIVE, None, f"peak rate of stage {stage}")
+    add(
+        "--warmup",
+        number(float, least=0, below=1),
+        None,
+        "share of the steps with a rising rate (default 0; RoBERTa 0.06)",
     )
-    group.add_argument("--eval-batch-size", type=int, default=64, help="(default 64)")
+    add("--weight-decay", NOT_NEGATIVE, 0.0, "of AdamW (default 0)")
+    add("--max-grad-norm", NOT_NEGATIVE, 1.0, "clip gradients at this norm (default 1; 0: do not)")
+    add("--gradient-accumulation", COUNT, 1, "batches per step (default 1)")
+    add("--eval-batch-size", COUNT, 64, "examples per batch in evaluation (default 64)")
     group.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default fp32)"
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="fp32, or autocast to 16 bits (default fp32)",
     )
-    group.add_argument(
-        "--save-every", type=int, default=0, help="also save a checkpoint every so many steps"
-    )
-    group.add_argument("--seed", type=int, default=42, help="of data order and dropout (default 42)")
+    add("--save-every", NATURAL, 0, "also save a checkpoint every so many steps")
+    add("--seed", NATURAL, 42, "of data order and dropout (default 42)")
 
 
-def add_distillation(parser: argparse.ArgumentParser) -> None:
-    """Weights of the distillation loss and choice of teacher."""
+def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
+    """Weights of the distillation loss; for the stage of depths also the choice of teacher."""
     group = parser.add_argument_group("distillation")
     group.add_argument(
-        "--lambda-logits", type=float, default=1.0, help="weight of the logits' loss (default 1)"
+        "--lambda-logits",
+        type=NOT_NEGATIVE,
+        default=1.0,
+        metavar="N",
+        help="weight of the logits' loss (default 1)",
     )
     group.add_argument(
         "--lambda-hidden",
-        type=float,
+        type=NOT_NEGATIVE,
+        metavar="N",
         help="weight of the hidden states' loss (default 0.1 for widths, 1 for depths)",
     )
-    group.add_argument(
-        "--teacher-width",
-        choices=("same", "full"),
-        default="same",
-        help="the teacher runs at the student's width (paper) or at full width (released code)",
-    )
+    if of_depths:
+        group.add_argument(
+            "--teacher-width",
+            choices=("same", "full"),
+            default="same",
+            help="when training depths, the teacher runs at the student's width (paper, default) or "
+            "at full width (released code)",
+        )
 
 
 def training_options(args: argparse.Namespace, stage: str | None = None) -> TrainingOptions:
@@ -234,34 +391,57 @@ def stages_of(args: argparse.Namespace) -> dict[str, Stage]:
         recipe = found[name].recipe
         assert recipe is not None
         hidden = recipe.hidden if args.lambda_hidden is None else args.lambda_hidden
-        recipe = Distillation(args.lambda_logits, hidden, args.teacher_width)
+        # Widths always learn from the full teacher: it was fine-tuned at that width alone.
+        of = "full" if name == "width" else getattr(args, "teacher_width", "same")
+        recipe = Distillation(args.lambda_logits, hidden, of)
         found[name] = dataclasses.replace(found[name], recipe=recipe)
     return found
 
 
 def add_output(parser: argparse.ArgumentParser, resumable: bool = True) -> None:
     """The output folder."""
-    parser.add_argument("--output", required=True, type=Path, help="folder to make")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
     if resumable:
         parser.add_argument("--resume", action="store_true", help="go on where a run stopped")
 
 
+def done_before(args: argparse.Namespace) -> bool:
+    """Whether a resumed stage has nothing left to do, and says so; a new one needs a new folder."""
+    from dynabert_fast.files import new_folder
+
+    if args.resume and (args.output / "config.json").is_file():
+        print(f"done before: {args.output}")
+        return True
+    new_folder(args.output)
+    return False
+
+
 def add_latency(parser: argparse.ArgumentParser) -> None:
     """What latency is measured at."""
-    group = parser.add_argument_group("latency", "measured on this device, all sub-networks interleaved")
-    group.add_argument("--latency-batch", type=int, default=1, help="sequences (default 1)")
-    group.add_argument("--latency-length", type=int, default=128, help="tokens of each (default 128)")
-    group.add_argument("--latency-rounds", type=int, default=20, help="timed rounds (default 20)")
+    group = parser.add_argument_group(
+        "latency", "measured on this device, all sub-networks interleaved"
+    )
+    for name, default, text in (
+        ("batch", 1, "sequences per batch (default 1)"),
+        ("length", 128, "tokens per sequence (default 128)"),
+        ("rounds", 20, "timed passes of each sub-network (default 20)"),
+    ):
+        group.add_argument(f"--latency-{name}", type=COUNT, default=default, metavar="N", help=text)
 
 
 def quiet_libraries() -> None:
     """Silence the progress bars and advice of libraries; ours say what matters."""
     import logging
-    import os
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # in a log file a bar is a line each time it moves
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     import transformers
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    downloads = not are_progress_bars_disabled()
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving, and of downloads
+    if downloads:
+        enable_progress_bars()
     logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -24,10 +24,22 @@ dynabert-fast evaluate out --task rte --data-dir glue --subnets w0.50-d0.75,w0.2
     )
     parser.add_argument("checkpoint", help="folder or hub id")
     parser.add_argument(
-        "--output", type=Path, help="folder for grid.json, grid.md and report.html (default: print)"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="also write grid.json, grid.md and report.html into this folder (an earlier "
+        "evaluation's are replaced)",
     )
-    parser.add_argument("--subnets", help="names of sub-networks instead of the grid, by commas")
-    parser.add_argument("--eval-batch-size", type=int, default=64, help="(default 64)")
+    parser.add_argument(
+        "--subnets", metavar="LIST", help="names of sub-networks instead of the grid, by commas"
+    )
+    parser.add_argument(
+        "--eval-batch-size",
+        type=shared.COUNT,
+        default=64,
+        metavar="N",
+        help="examples per batch (default 64)",
+    )
     shared.add_data(parser)
     shared.add_grid(parser)
     shared.add_latency(parser)
@@ -43,27 +55,32 @@ dynabert-fast export sst2/dynabert --subnet l0+2-h12+6-n1536+768 --output sst2-o
     )
     parser.add_argument("checkpoint", help="folder or hub id")
     parser.add_argument(
-        "--subnet", required=True, help="w0.50-d0.75, or layers, heads, neurons: l0+2-h12+6-n1536+768"
+        "--subnet",
+        metavar="NAME",
+        required=True,
+        help="w0.50-d0.75, or layers, heads, neurons: l0+2-h12+6-n1536+768",
     )
     shared.add_output(parser, resumable=False)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    data = shared.load_data(args, only_dev=True)
     shared.quiet_libraries()
     from dynabert_fast.evaluation import evaluate_grid
+    from dynabert_fast.files import old_or_new_folder
     from dynabert_fast.subnet import Subnet, grid
-    from dynabert_fast.training.pipeline import load_model, load_tokenizer, stage_data, write_grid
+    from dynabert_fast.training.pipeline import check_length, load_config, load_model, write_grid
 
-    model = load_model(args.checkpoint)
+    if args.output:
+        old_or_new_folder(args.output)
+    config = load_config(args.checkpoint)
     if args.subnets:
-        subnets = tuple(Subnet.parse(model.config, name) for name in args.subnets.split(","))
+        subnets = tuple(Subnet.parse(config, name.strip()) for name in args.subnets.split(","))
     else:
-        subnets = grid(model.config, args.widths, args.depths)
-    data = shared.align_labels(data, model.config.id2label)
-    encoded = stage_data(data, load_tokenizer(args.checkpoint), args.max_length)
+        subnets = grid(config, args.widths, args.depths)
+    check_length("latency_length", args.latency_length, config)
+    data, encoded = shared.prepare(args, args.checkpoint, only_dev=True)
     result = evaluate_grid(
-        model,
+        load_model(args.checkpoint),
         encoded.dev,
         encoded.collator,
         subnets,
@@ -85,16 +102,19 @@ def _export(args: argparse.Namespace) -> None:
     shared.quiet_libraries()
     import torch
 
+    from dynabert_fast.evaluation.grid import format_quantity
     from dynabert_fast.files import new_folder, whole_folder
     from dynabert_fast.subnet import Subnet
-    from dynabert_fast.training.pipeline import load_model, load_tokenizer
+    from dynabert_fast.training.pipeline import load_config, load_model, load_tokenizer
 
     new_folder(args.output)
+    subnet = Subnet.parse(load_config(args.checkpoint), args.subnet)
+    tokenizer = load_tokenizer(args.checkpoint)
     model = load_model(args.checkpoint).eval()
-    subnet = Subnet.parse(model.config, args.subnet)
+    part = model.extract(subnet)
     with whole_folder(args.output) as aside:
-        model.extract(subnet).save_pretrained(aside)
-        load_tokenizer(args.checkpoint).save_pretrained(aside)
+        part.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
         # What was written must compute the same bits as the slice that it was taken from.
         ids = torch.arange(16).remainder(model.config.vocab_size).view(2, 8)
         with torch.inference_mode():
@@ -105,5 +125,5 @@ def _export(args: argparse.Namespace) -> None:
                 f"{args.output}: the export of {subnet} differs from the slice by "
                 f"{float((exported - sliced).abs().max()):.1e}; nothing was saved"
             )
-    count = sum(p.numel() for p in model.extract(subnet).parameters())
-    print(f"saved: {args.output} ({subnet}, {count / 1e6:.1f} M parameters, equal bit for bit)")
+    count = format_quantity(sum(p.numel() for p in part.parameters()) / 1e6)
+    print(f"saved: {args.output} ({subnet}, {count} M parameters, equal bit for bit)")

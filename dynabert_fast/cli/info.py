@@ -20,9 +20,17 @@ dynabert-fast info
 dynabert-fast info sst2/dynabert""",
         _info,
     )
-    parser.add_argument("checkpoint", nargs="?", help="also describe this checkpoint")
+    parser.add_argument(
+        "checkpoint", nargs="?", help="also describe this checkpoint: folder or hub id"
+    )
     shared.add_grid(parser)
-    parser.add_argument("--length", type=int, default=128, help="tokens for the FLOPs (default 128)")
+    parser.add_argument(
+        "--length",
+        type=shared.COUNT,
+        default=128,
+        metavar="N",
+        help="tokens for the FLOPs (default 128)",
+    )
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -32,12 +40,13 @@ def _info(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
+    about = _describe(args) if args.checkpoint else ""
     print(f"dynabert-fast {__version__}, Python {platform.python_version()}")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"devices: {', '.join(_devices())}; {torch.get_num_threads()} CPU threads")
     print(_backend_table())
-    if args.checkpoint:
-        print(_describe(args))
+    if about:
+        print(about)
 
 
 def _devices() -> list[str]:
@@ -76,20 +85,21 @@ def _backend_table() -> str:
 
 def _describe(args: argparse.Namespace) -> str:
     from dynabert_fast.evaluation import count_flops, count_parameters
+    from dynabert_fast.evaluation.grid import format_quantity
+    from dynabert_fast.rewiring import Rewiring
     from dynabert_fast.subnet import grid
-    from dynabert_fast.training.pipeline import load_model
+    from dynabert_fast.training.pipeline import load_config
 
-    model = load_model(args.checkpoint)
-    config = model.config
+    config = load_config(args.checkpoint)
     labels = ", ".join(str(config.id2label[i]) for i in sorted(config.id2label))
     lines = [
         f"{args.checkpoint}: {config.backbone}, {config.num_hidden_layers} layers, "
         f"hidden size {config.hidden_size}, heads of {config.head_size}; labels: {labels}",
-        f"rewired: {'yes' if model.rewiring else 'no'}",
+        f"rewired: {'yes' if Rewiring.load(args.checkpoint) else 'no'}",
         f"{'sub-network':<14}{'parameters':>14}{f'GFLOPs at {args.length}':>18}",
     ]
     for subnet in grid(config, args.widths, args.depths):
-        parameters = count_parameters(config, subnet)
-        flops = count_flops(config, subnet, args.length)
-        lines.append(f"{subnet!s:<14}{parameters / 1e6:>12.1f} M{flops / 1e9:>18.3g}")
+        parameters = format_quantity(count_parameters(config, subnet) / 1e6)
+        flops = format_quantity(count_flops(config, subnet, args.length) / 1e9)
+        lines.append(f"{subnet!s:<14}{parameters:>12} M{flops:>18}")
     return "\n".join(lines)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from dynabert_fast import __version__
 from dynabert_fast.cli import checkpoints, info, quickstart, training
-from dynabert_fast.errors import InputError, SaveError
+from dynabert_fast.cli.arguments import PROGRAM, Parser
+from dynabert_fast.errors import InputError
 
-#: Exit codes: 0 done, 1 the system refused (a full disk), 2 bad input, 130 interrupted.
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+#: Exit codes: 0 done, 1 the system refused (a full disk), 2 bad input; 130 interrupted and 141
+#: nobody reads the output any more, as a shell reports SIGINT and SIGPIPE.
+FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run`, a function of the parsed arguments."""
-    parser = argparse.ArgumentParser(
-        prog="dynabert-fast",
-        description="One set of BERT weights, many models: train, evaluate and export sub-networks.",
+    parser = Parser(
+        prog=PROGRAM,
+        description="One set of BERT weights, many models: train, evaluate, export sub-networks.",
         epilog="dynabert-fast COMMAND --help shows examples.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -31,26 +34,32 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = build_parser().parse_args(argv)
+    code, message = 0, ""
     try:
         args.run(args)
+        sys.stdout.flush()  # a reader that has gone is noticed here, not when Python exits
     except InputError as error:
-        return _report(error, BAD_INPUT)
-    except SaveError as error:
-        return _report(error, FAILED)
+        code, message = BAD_INPUT, f"error: {error}"
+    except OSError as error:  # SaveError among them
+        code, message = _refusal(error)
     except KeyboardInterrupt:
-        print("\ninterrupted; a run with an output folder goes on with --resume", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output (head, say) has gone: not an error
-        sys.stderr.close()
-        return 0
-    except OSError as error:
-        return _report(error, FAILED)
-    return 0
-
-
-def _report(error: Exception, code: int) -> int:
-    print(f"dynabert-fast: error: {error}", file=sys.stderr)
+        goes_on = hasattr(args, "resume")
+        code = INTERRUPTED
+        message = "interrupted" + ("; the same command with --resume goes on" if goes_on else "")
+    # Here the exception is gone, and with it the progress bars that would follow the message.
+    if message:
+        print(f"{PROGRAM}: {' '.join(message.splitlines())}", file=sys.stderr)
     return code
+
+
+def _refusal(error: OSError) -> tuple[int, str]:
+    """Exit code and message for what the operating system refused."""
+    if not isinstance(error, BrokenPipeError):
+        return FAILED, f"error: {error}"
+    # The reader of our output (head, say) has gone. What is left in the buffer must not raise again
+    # when Python closes the stream.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return UNREAD, ""
 
 
 if __name__ == "__main__":

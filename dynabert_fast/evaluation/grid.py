@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from dynabert_fast.errors import InputError
+from dynabert_fast.errors import InputError, SaveError
 from dynabert_fast.evaluation.cost import count_flops, count_parameters
 from dynabert_fast.evaluation.latency import Latency, environment, inference, measure_latency
 from dynabert_fast.evaluation.metrics import compute_metrics, primary_metric
@@ -348,7 +348,8 @@ def score_grid(
         raise InputError("evaluation needs at least one sub-network, got none")
     scores = {}
     total = len(subnets) * len(batches.inputs)
-    with tqdm(total=total, desc="evaluate", disable=not progress, unit="batch") as bar:
+    # leave=None: a bar below another one, as in training, goes when it is full.
+    with tqdm(total=total, desc="evaluate", disable=not progress, unit="batch", leave=None) as bar:
         for subnet in subnets:
             bar.set_postfix_str(str(subnet), refresh=False)
             logits = predict(model, batches, subnet, bar=bar)
@@ -432,7 +433,11 @@ def evaluate_grid(
 
 
 def write_aside(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` beside `path`, then rename: a full disk leaves the old file as it was."""
+    """Write `text` beside `path`, then rename: a full disk leaves the old file as it was.
+
+    Raises:
+        SaveError: It could not be written.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -442,6 +447,8 @@ def write_aside(path: str | os.PathLike[str], text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, target)
+    except OSError as error:
+        raise SaveError(f"could not write {target} ({error.strerror}); free some space") from error
     finally:
         aside.unlink(missing_ok=True)  # gone already where the rename succeeded
 

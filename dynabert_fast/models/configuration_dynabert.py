@@ -128,7 +128,8 @@ class DynaBertConfig(PreTrainedConfig):
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not found:
             raise InputError(
-                f"{pretrained_model_name_or_path} holds no config.json; name a checkpoint's folder"
+                f"{pretrained_model_name_or_path} holds no config.json, or an empty one; "
+                "name a checkpoint's folder"
             )
         return _from_backbone(found, pretrained_model_name_or_path), kwargs
 

@@ -316,6 +316,9 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         subnet.check(self.config)
         view = copy.copy(self)
         view._default_subnet = subnet
+        # Wrappers that accelerate or `compile` put on this object would call it, not the view.
+        view.__dict__.pop("forward", None)
+        view._compiled_call_impl = None
         return view
 
     def _choose(self, subnet: Subnet | None) -> Subnet:

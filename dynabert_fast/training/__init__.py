@@ -7,6 +7,7 @@ from dynabert_fast.training.stages import (
     Stage,
     StageData,
     TrainingOptions,
+    check_teacher,
     run_stage,
     stages,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Stage",
     "StageData",
     "TrainingOptions",
+    "check_teacher",
     "distillation_loss",
     "matched_layers",
     "run_stage",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,9 +39,10 @@ class Distillation:
 
     def __post_init__(self) -> None:
         """Refuse weights that train nothing."""
-        if self.logits < 0 or self.hidden < 0 or self.logits + self.hidden == 0:
+        weights = (self.logits, self.hidden)
+        if not (all(0 <= w < math.inf for w in weights) and any(weights)):  # also refuses NaN
             raise InputError(
-                "distillation weights must be at least 0 and not both 0, "
+                "distillation weights must be finite, at least 0 and not both 0, "
                 f"got logits {self.logits} and hidden {self.hidden}"
             )
         if self.teacher_width not in ("same", "full"):

@@ -14,7 +14,9 @@ output/
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,8 +29,9 @@ from dynabert_fast.errors import InputError
 from dynabert_fast.evaluation import Grid, evaluate_grid, write_report
 from dynabert_fast.evaluation.grid import write_aside
 from dynabert_fast.files import new_folder, whole_folder
-from dynabert_fast.models import DynaBertForSequenceClassification
+from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.rewiring import Accumulation, measure_importance, rewire
+from dynabert_fast.subnet import grid
 from dynabert_fast.training.stages import Stage, StageData, TrainingOptions, run_stage, stages
 
 if TYPE_CHECKING:
@@ -62,17 +65,62 @@ class FitOptions:
     latency_rounds: int = 20
 
 
+# What the hub takes for a name; a path may look like one, anything else is a path.
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+# What the libraries raise for files that are not what they should be.
+_REFUSALS = (OSError, ValueError, TypeError, KeyError, AttributeError)
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+
+# Parameters that fine-tuning makes anew where a pretrained encoder lacks them.
+_HEAD = ("classifier.", "dynabert.pooler.")
+
+
+@contextlib.contextmanager
+def _loading(source: str | Path, problem: str = "does not load as a checkpoint") -> Iterator[None]:
+    """`InputError` in one line for whatever a library says of a checkpoint that does not load."""
+    path = Path(source)
+    if path.is_file():
+        raise InputError(f"{source} is a file; name the folder of a checkpoint")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{source} is not a checkpoint: it has no config.json")
+    here = path.is_dir()
+    if not here and (isinstance(source, Path) or not _HUB_ID.fullmatch(source)):
+        raise InputError(f"{source} does not exist; name the folder of a checkpoint, or a hub id")
+    try:
+        yield
+    except InputError:
+        raise
+    except (*_REFUSALS, RuntimeError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        where = "" if here else " is not a folder, and from the hub it"
+        raise InputError(f"{source}{where} {problem} ({reason})") from error
+
+
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder or hub id.
 
     Raises:
         InputError: There is none.
     """
-    try:
+    folder = Path(source)
+    with _loading(source, "has no tokenizer that loads"):
+        if folder.is_dir() and not any(map(list, map(folder.glob, _TOKENIZER_FILES))):
+            raise InputError(
+                f"{source} has no tokenizer; copy that of its pretrained model into it"
+            )
         return AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{source} has no tokenizer that loads ({reason})") from error
+
+
+def load_config(source: str | Path) -> DynaBertConfig:
+    """The configuration of a checkpoint folder or hub id: quick, to check a command against.
+
+    Raises:
+        InputError: It is not a checkpoint, or one of another architecture.
+    """
+    with _loading(source):
+        return DynaBertConfig.from_pretrained(str(source))
 
 
 def load_model(source: str | Path, **changes: Any) -> DynaBertForSequenceClassification:
@@ -80,20 +128,44 @@ def load_model(source: str | Path, **changes: Any) -> DynaBertForSequenceClassif
 
     Args:
         source: Folder or hub id.
-        **changes: Fields of the configuration to set, `num_labels=2` for instance.
+        **changes: Fields of the configuration to set, of a new head for instance; the classifier's
+            weights are drawn anew where the checkpoint lacks them or has them in another size.
 
     Raises:
-        InputError: It is not a checkpoint, or one of another architecture or size.
+        InputError: It is not a checkpoint, one of another architecture, or one that lacks weights.
     """
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise InputError(f"{source} is not a checkpoint: it has no config.json")
-    try:
-        return DynaBertForSequenceClassification.from_pretrained(source, **changes)
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{source} does not load as a checkpoint ({reason})") from error
+    with _loading(source):
+        model, report = DynaBertForSequenceClassification.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **changes
+        )
+    drawn = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    lacking = [name for name in drawn if not (changes and name.startswith(_HEAD))]
+    if lacking:
+        first = min(lacking, key=lambda name: (name.startswith(_HEAD), name))
+        advice = "fine-tune it first" if first.startswith(_HEAD) else "copy or save it again"
+        raise InputError(f"{source} has no {first} of the size that its config.json says; {advice}")
+    return model
+
+
+def check_length(name: str, length: int, config: DynaBertConfig) -> None:
+    """Raise `InputError` where `length` tokens are more than the model has positions."""
+    if length > config.max_tokens:
+        raise InputError(
+            f"{name} must be at most {config.max_tokens}, the longest sequence of the model, "
+            f"got {length}"
+        )
+
+
+def check_options(config: DynaBertConfig, options: FitOptions) -> None:
+    """Refuse options that do not fit a model, before any work is done.
+
+    Raises:
+        InputError: A multiplier keeps no head or layer, or a length is beyond the model's.
+    """
+    for stage in options.stages.values():
+        grid(config, stage.widths, stage.depths)
+    check_length("max_length", options.max_length, config)
+    check_length("latency_length", options.latency_length, config)
 
 
 def stage_data(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> StageData:
@@ -130,7 +202,7 @@ def finetune(
 ) -> None:
     """Put a new head on a pretrained encoder and train all of it on labels."""
     set_seed(options.seed)  # of the head's initial weights
-    model = load_model(source, ignore_mismatched_sizes=True, **head_changes(data))
+    model = load_model(source, **head_changes(data))
     run_stage(stages()["finetune"], model, encoded, output, options, None, resume, progress)
 
 
@@ -154,12 +226,14 @@ def rewire_checkpoint(
         encoded.tokenizer.save_pretrained(aside)
 
 
-def _batches(encoded: StageData, size: int, device: Any) -> Iterator[dict[str, Tensor]]:
-    dev = encoded.dev
+def _batches(encoded: StageData, size: int, device: Any) -> list[dict[str, Tensor]]:
+    """The development set in order: a list, so that a progress bar knows its length."""
+    dev, batches = encoded.dev, []
     for start in range(0, len(dev), size):
         rows = range(start, min(start + size, len(dev)))
         batch = encoded.collator([dev[i] for i in rows])
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+        batches.append({name: tensor.to(device) for name, tensor in batch.items()})
+    return batches
 
 
 def fit(
@@ -181,15 +255,21 @@ def fit(
         progress: Show progress bars and say which stage runs.
 
     Raises:
-        InputError: `output` is not empty (without `resume`), or its run had other settings.
+        InputError: `output` is not empty (without `resume`), its run had other settings, `source`
+            does not load, or the options do not fit it; then nothing was written.
         SaveError: Something could not be written.
     """
     output, options = Path(output), options or FitOptions()
-    _start(output, _settings(source, data, options), resume)
-    tokenizer = load_tokenizer(source)
-    encoded = stage_data(data, tokenizer, options.max_length)
+    check_options(load_config(source), options)
+    settings = _settings(source, data, options)
+    begun = _begun(output, settings, resume)
     teacher, rewired = output / "teacher", output / "rewired"
     width, dynabert, final = output / "width", output / "dynabert", output / "final"
+    encoded = stage_data(data, load_tokenizer(source), options.max_length)
+    if not begun:
+        load_model(source, **head_changes(data))  # refuses damaged weights before a folder is made
+        output.mkdir(parents=True, exist_ok=True)
+        write_aside(output / "fit.json", json.dumps(settings, indent=2) + "\n")
 
     def step(folder: Path, title: str, run: Callable[[], None]) -> None:
         """Run what makes `folder`, unless it is there; then it is whole."""
@@ -254,6 +334,7 @@ def evaluate_checkpoint(
         encoded.metric,
         model_name=model_name,
         task=data.task.name,
+        batch_size=options.training["depth"].eval_batch_size,
         latency_batch_size=options.latency_batch_size,
         latency_length=options.latency_length,
         rounds=options.latency_rounds,
@@ -287,21 +368,33 @@ def _settings(source: str | Path, data: TaskData, options: FitOptions) -> dict[s
     return json.loads(json.dumps(settings))
 
 
-def _start(output: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Make the output folder, or check that it belongs to a run of the same settings."""
+def _begun(output: Path, settings: dict[str, Any], resume: bool) -> bool:
+    """Whether `output` holds a run to go on with; it is one of the same settings, or else new."""
     record = output / "fit.json"
-    if resume and record.is_file():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        changed = [key for key in settings if before.get(key) != settings[key]]
-        if changed:
-            key = changed[0]
+    if not (resume and record.is_file()):
+        new_folder(output)
+        return False
+    try:
+        before = _flat(json.loads(record.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{record} cannot be read ({error}); choose another folder") from error
+    now = _flat(settings)
+    for key in sorted(now.keys() | before.keys()):
+        if before.get(key) != now.get(key):
             raise InputError(
-                f"{output} was started with {key} {before.get(key)}, not {settings[key]}; "
+                f"{output} was started with {key} {before.get(key)}, not {now.get(key)}; "
                 "resume with the settings of its fit.json, or choose another folder"
             )
-        return
-    new_folder(output).mkdir(parents=True, exist_ok=True)
-    write_aside(record, json.dumps(settings, indent=2) + "\n")
+    return True
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names, such as `training.width.epochs`."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def _say(progress: bool, message: str) -> None:

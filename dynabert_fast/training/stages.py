@@ -3,8 +3,8 @@
 | stage    | student / teacher                            | sub-networks | loss                  |
 |----------|----------------------------------------------|--------------|-----------------------|
 | finetune | the pretrained encoder / none                | full         | labels                |
-| width    | the rewired model / the fine-tuned model     | all widths   | SCE + 0.1 sum of MSE  |
-| depth    | stage "width"'s model / the same, fixed      | whole grid   | SCE + sum of MSE      |
+| width    | the rewired model / the fine-tuned, full     | all widths   | SCE + 0.1 sum of MSE  |
+| depth    | stage "width"'s model / the same, same width | whole grid   | SCE + sum of MSE      |
 | final    | stage "depth"'s model / none                 | whole grid   | labels                |
 
 Hyper-parameters are the paper's for every stage: learning rate 2e-5, batch 32, 3 epochs, linear
@@ -13,6 +13,7 @@ decay, AdamW without weight decay, gradients clipped at 1.0.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dynabert_fast.data import Collator, EncodedDataset
 from dynabert_fast.errors import InputError
 from dynabert_fast.files import new_folder, whole_folder
-from dynabert_fast.models import DynaBertForSequenceClassification
+from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
 from dynabert_fast.training.losses import Distillation
 from dynabert_fast.training.trainer import GRID_SUM, ElasticTrainer, checkpoints
@@ -55,22 +56,16 @@ class Stage:
 
 
 def stages(
-    widths: Sequence[float] = WIDTHS,
-    depths: Sequence[float] = DEPTHS,
-    recipe: Distillation | None = None,
+    widths: Sequence[float] = WIDTHS, depths: Sequence[float] = DEPTHS
 ) -> dict[str, Stage]:
-    """The four stages by name.
-
-    Args:
-        widths: Of the grid.
-        depths: Of the grid.
-        recipe: Instead of the paper's weights in both distillation stages.
-    """
+    """The four stages by name, with the paper's losses, for a grid of widths and depths."""
     widths, depths = tuple(widths), tuple(depths)
+    # The fine-tuned teacher was never trained to be good at less than its full width.
+    every_width = Distillation(hidden=0.1, teacher_width="full")
     return {
         "finetune": Stage("finetune", (1.0,), (1.0,), None),
-        "width": Stage("width", widths, (1.0,), recipe or Distillation(hidden=0.1)),
-        "depth": Stage("depth", widths, depths, recipe or Distillation(hidden=1.0)),
+        "width": Stage("width", widths, (1.0,), every_width),
+        "depth": Stage("depth", widths, depths, Distillation(hidden=1.0)),
         "final": Stage("final", widths, depths, None),
     }
 
@@ -204,14 +199,18 @@ def run_stage(
         progress: Show progress bars.
 
     Raises:
-        InputError: `output` or its checkpoints exist (without `resume`), or the teacher is missing.
+        InputError: `output` or its checkpoints exist (without `resume`), or the teacher is missing
+            or does not fit the student.
         SaveError: A checkpoint could not be written.
     """
     output, options = Path(output), options or TrainingOptions()
-    if stage.recipe is not None and teacher is None:
-        raise InputError(f"stage {stage.name} distils: give the teacher's checkpoint")
+    if stage.recipe is not None:
+        if teacher is None:
+            raise InputError(f"stage {stage.name} distils: give the teacher's checkpoint")
+        check_teacher(stage.recipe, model.config, teacher.config)
     run = output.with_name(f"{output.name}.checkpoints")
-    if resume and output.is_dir():
+    if resume and (output / "config.json").is_file():
+        shutil.rmtree(run, ignore_errors=True)  # where the earlier process was killed before this
         return
     new_folder(output)
     last = _last_checkpoint(run, resume)
@@ -230,14 +229,45 @@ def run_stage(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Progress(stage.name) if progress else _Log(stage.name))
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    report = _Progress(stage.name) if progress else _Log(stage.name)
+    trainer.add_callback(report)
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    finally:
+        if isinstance(report, _Progress):
+            report.close()
+        with contextlib.suppress(OSError):  # it holds checkpoints, as it should, or is not there
+            run.rmdir()
+    for wrapper in ("forward", "_original_forward"):  # accelerate's autocast: of training only
+        model.__dict__.pop(wrapper, None)
     if trainer.is_world_process_zero():
         with whole_folder(output) as aside:
             model.save_pretrained(aside)
             data.tokenizer.save_pretrained(aside)
         shutil.rmtree(run, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def check_teacher(recipe: Distillation, student: DynaBertConfig, teacher: DynaBertConfig) -> None:
+    """Refuse a teacher whose outputs cannot be compared with the student's.
+
+    Raises:
+        InputError: Their labels differ, or hidden states are matched and their sizes differ.
+    """
+    if student.id2label != teacher.id2label:
+        raise InputError(
+            f"the teacher's labels are {list(teacher.id2label.values())}, the student's are "
+            f"{list(student.id2label.values())}; they must be the same, in the same order"
+        )
+    if not recipe.hidden:
+        return
+    for name in ("num_hidden_layers", "hidden_size"):
+        sizes = getattr(teacher, name), getattr(student, name)
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f"the teacher's {name} is {sizes[0]}, the student's is {sizes[1]}; hidden states "
+                "can be matched between equal sizes only: set the weight of hidden states to 0"
+            )
 
 
 def _last_checkpoint(run: Path, resume: bool) -> Path | None:
@@ -282,6 +312,11 @@ class _Progress(ProgressCallback):
     def __init__(self, stage: str) -> None:
         super().__init__()
         self.log = _Log(stage)
+
+    def close(self) -> None:
+        """Close the bar of a training that was cut short, so that it does not follow the error."""
+        if self.training_bar is not None:
+            self.training_bar.close()
 
     def on_log(
         self,

@@ -8,6 +8,7 @@ checkpoints that make an interrupted run end with the weights of an uninterrupte
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import shutil
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from dynabert_fast.training.losses import Distillation, distillation_loss, match
 
 #: Name of the sum of the primary metric over the grid, which chooses the best checkpoint.
 GRID_SUM = "grid_sum"
+
+_logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
@@ -69,6 +72,13 @@ class ElasticTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         assert (teacher is None) == (recipe is None), "a teacher and a recipe go together"
+        if args.n_gpu > 1:  # the Trainer would use DataParallel, which cannot split packed sequences
+            _logger.warning(
+                "one process trains on one GPU; to use all %d: torchrun --nproc-per-node %d",
+                args.n_gpu,
+                args.n_gpu,
+            )
+            args._n_gpu = 1
         super().__init__(
             model=model,
             args=args,
@@ -87,6 +97,9 @@ class ElasticTrainer(Trainer):
         self._eval_batches = make_batches(
             eval_dataset, data_collator, args.per_device_eval_batch_size
         )
+        size = args.train_batch_size * args.world_size
+        self._sampler = LengthGroupedSampler(train_dataset.lengths, size, args.seed)
+        self.add_callback(_ChooseEpoch(self._sampler))
         if save_every:
             self.add_callback(_SaveEvery(save_every))
 
@@ -146,9 +159,7 @@ class ElasticTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """Batches of like length, in an order that only (seed, epoch) decide."""
-        dataset = train_dataset or self.train_dataset
-        size = self.args.train_batch_size * self.args.world_size
-        return LengthGroupedSampler(dataset.lengths, size, self.args.seed)
+        return self._sampler
 
     # --- evaluation -------------------------------------------------------------------------------
 
@@ -226,6 +237,21 @@ class ElasticTrainer(Trainer):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+class _ChooseEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins: accelerate's wrappers do not always pass it on.
+
+    (Those of a loader that skips batches in several processes do not, in accelerate 1.15.)
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
 class _SaveEvery(TrainerCallback):
     """Asks for a checkpoint every so many steps, whatever the evaluation strategy is."""
 
@@ -233,7 +259,10 @@ class _SaveEvery(TrainerCallback):
         self.steps = steps
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save |= state.global_step % self.steps == 0
+        # The last step of an epoch is saved after its evaluation, and only then: a run resumed from an
+        # earlier save of it would never evaluate that epoch, and could miss the best checkpoint.
+        last = control.should_training_stop or float(state.epoch).is_integer()
+        control.should_save |= state.global_step % self.steps == 0 and not last
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: any plain Hugging Face folder loads, and what is saved opens there again."""
+"""Checkpoints in and out: any plain Hugging Face folder loads, what is saved opens there again."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from dynabert_fast.errors import InputError
 from dynabert_fast.models import DynaBertForSequenceClassification
@@ -126,6 +127,18 @@ def test_an_extracted_model_is_elastic_itself(make_model, make_batch):
         want = model(**batch, subnet=same).logits
         assert torch.equal(part(**batch, subnet=inner).logits, want)
         assert torch.equal(part.extract(inner)(**batch).logits, want)
+
+
+def test_a_subnet_computes_no_more_than_the_stand_alone_model(make_model, make_batch, subnet_of):
+    model, batch = make_model(), make_batch(labels=True)
+    subnet = subnet_of(model.config)
+    part = model.extract(subnet)
+    counts = []
+    for run in (lambda: model(**batch, subnet=subnet), lambda: part(**batch)):
+        with FlopCounterMode(display=False) as counter:
+            run().loss.backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_the_whole_grid(make_model, make_batch):

@@ -1,4 +1,4 @@
-"""What the models compute: parity with transformers, sliced weights, gradients, dropout, bad input."""
+"""What the models compute: parity with transformers and slices, gradients, dropout, bad input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from dynabert_fast.errors import InputError
 from dynabert_fast.models import DynaBertConfig, PackedSequences
@@ -21,7 +21,9 @@ PADDINGS = ("none", "right", "left", "holes")
 def ours_from(hf, make_model, base=False):
     """Our model of the family of `hf`, holding its weights."""
     model = make_model(hf.config.model_type, base=base, dtype=hf.dtype)
-    model.load_state_dict(from_huggingface(hf.state_dict(), model.config, not base), strict=not base)
+    model.load_state_dict(
+        from_huggingface(hf.state_dict(), model.config, not base), strict=not base
+    )
     return model
 
 
@@ -51,9 +53,7 @@ def test_float32_is_as_accurate_as_transformers(make_hf, make_model, make_batch,
     batch = make_batch(family)
     with torch.no_grad():
         truth = wide(**batch).logits
-        errors = [
-            (m(**batch).logits - truth).abs().max() for m in (ours_from(hf, make_model), hf)
-        ]
+        errors = [(m(**batch).logits - truth).abs().max() for m in (ours_from(hf, make_model), hf)]
     assert errors[0] <= 2 * errors[1] + 1e-5 * truth.abs().max()
 
 
@@ -74,6 +74,17 @@ def test_position_ids_are_taken(make_hf, make_model, make_batch, family):
     batch["position_ids"] = torch.arange(44).view(4, 11) % 13 + 3
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, hf(**batch).logits)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_padding_tokens_without_a_mask_are_tokens(make_hf, make_model, make_batch, family):
+    """RoBERTa gives all of them the padding's own position."""
+    hf = make_hf(family, "Model", dtype=torch.float64)
+    model, ids = ours_from(hf, make_model, base=True), make_batch(family)["input_ids"]
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        want = hf(ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(model(ids).last_hidden_state, want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu"])
@@ -280,6 +291,20 @@ def test_a_view_outlives_the_model_it_was_made_of(make_model, make_batch):
     assert torch.equal(view(**make_batch()).logits, want)
 
 
+@pytest.mark.parametrize("wrap", ["accelerate", "compile"])
+def test_a_view_of_a_wrapped_model_still_runs_its_subnet(make_model, make_batch, wrap):
+    """Mixed-precision training and `compile` patch the model object, bound to that object."""
+    model = make_model().eval()
+    batch, small = make_batch(), Subnet.from_multipliers(model.config, 0.25, 0.5)
+    expected = model(**batch, subnet=small).logits
+    if wrap == "accelerate":
+        whole = model.forward
+        model.forward = lambda *args, **kwargs: whole(*args, **kwargs)
+    else:
+        model.compile(backend="eager")
+    assert torch.equal(model.at(small)(**batch).logits, expected)
+
+
 def test_training_a_view_trains_the_model(make_model, make_batch):
     model = make_model()
     view = model.at(Subnet.from_multipliers(model.config, 0.5))
@@ -313,7 +338,9 @@ def test_gradients_equal_those_of_sliced_weights(
     leaves = {k: v.clone().requires_grad_() for k, v in state.items()}
     logits, _ = dense_forward(leaves, model.config, subnet, batch)
     F.cross_entropy(logits, labels).backward()
-    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    grads = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
+    }
     for name, got in to_huggingface(grads, model.config).items():
         want = leaves[name].grad
         want = torch.zeros_like(got) if want is None else want
@@ -335,6 +362,7 @@ def test_gradients_of_unused_heads_neurons_and_layers_are_exactly_zero(
             assert grad is None, name
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated:FutureWarning")
 def test_gradient_checkpointing_gives_the_same_gradients(make_model, make_batch):
     batch = make_batch(labels=True)
 
@@ -359,9 +387,7 @@ OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classif
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 @pytest.mark.parametrize("knob", OFF)
-def test_each_dropout_is_on_in_training_and_off_in_evaluation(
-    make_model, make_batch, knob, family
-):
+def test_each_dropout_is_on_in_training_and_off_in_evaluation(make_model, make_batch, knob, family):
     model, batch = make_model(family, **OFF | {knob: 0.3}), make_batch(family)
 
     def run(seed):
@@ -375,6 +401,20 @@ def test_each_dropout_is_on_in_training_and_off_in_evaluation(
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
     assert not torch.equal(run(0), quiet)
+
+
+@pytest.mark.parametrize(("family", "before_dense"), [("bert", False), ("roberta", True)])
+def test_the_classifier_drops_out_where_its_family_does(
+    make_model, make_batch, family, before_dense
+):
+    model = make_model(family, **OFF | {"classifier_dropout": 0.5}).train()
+    seen = {}
+    for name in ("dynabert.pooler.dense", "classifier"):
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: bool((args[0] == 0).any())})
+        )
+    model(**make_batch(family))
+    assert seen == {"dynabert.pooler.dense": before_dense, "classifier": True}
 
 
 def test_without_dropout_training_equals_evaluation(make_model, make_batch):
@@ -435,9 +475,7 @@ def test_autocast(make_model, make_batch, subnet_of):
         out = model(**batch, subnet=subnet, output_hidden_states=True)
     assert {h.dtype for h in out.hidden_states} == {torch.float32}
     want = model(**batch, subnet=subnet, output_hidden_states=True)
-    torch.testing.assert_close(
-        out.hidden_states[-1], want.hidden_states[-1], rtol=0.2, atol=0.2
-    )
+    torch.testing.assert_close(out.hidden_states[-1], want.hidden_states[-1], rtol=0.2, atol=0.2)
     assert not torch.equal(out.hidden_states[-1], want.hidden_states[-1])
     out.loss.backward()
     used = [p for p in model.parameters() if p.grad is not None]

@@ -9,11 +9,11 @@ import torch
 
 from dynabert_fast.subnet import Subnet, grid
 
-ROUNDS = 60
+ROUNDS = 30
 
 
 def run_at_once(*jobs):
-    """Run every job `ROUNDS` times, all in step; returns each job's results, or raises its error."""
+    """Run every job `ROUNDS` times, all in step; returns each job's results."""
     barrier = threading.Barrier(len(jobs))
     results = [[] for _ in jobs]
 
@@ -22,9 +22,7 @@ def run_at_once(*jobs):
             barrier.wait(timeout=60)
             out.append(job())
 
-    threads = [
-        threading.Thread(target=work, args=pair) for pair in zip(jobs, results, strict=True)
-    ]
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(jobs, results, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:

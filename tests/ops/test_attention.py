@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from dynabert_fast import ops
 from dynabert_fast.errors import InputError
@@ -109,9 +109,8 @@ def test_dropout_follows_the_documented_mask(judge, randn, seed, heads, sequence
     """Mask row: the query's token counted from its block; column: head * 65536 + key."""
     lengths, p = (7, 1, 4), 0.4
     starts = offsets_of(lengths).tolist()[:-1]
-    per_sequence = (3, 3, 3) if sequences is None else sum(
-        ([h] * n for h, n in zip(heads, sequences, strict=True)), []
-    )
+    heads_of = torch.tensor(heads).repeat_interleave(torch.tensor(sequences or [3]))
+    per_sequence = heads_of.tolist()
 
     def keep(start, length, head):
         first = first_rows[starts.index(start)]
@@ -148,9 +147,7 @@ def test_sequences_do_not_see_each_other(randn, seed, p):
     assert torch.equal(first, with_bad_mates)
     if p == 0:
         alone = ops.attention(qkv[4:7], offsets_of((3,)), 3, D, HEADS)
-        torch.testing.assert_close(
-            ops.attention(qkv, offsets_of(lengths), 6, D, HEADS)[4:7], alone
-        )
+        torch.testing.assert_close(ops.attention(qkv, offsets_of(lengths), 6, D, HEADS)[4:7], alone)
 
 
 def test_max_length_above_the_longest_and_int64_offsets_change_nothing(randn):

@@ -11,7 +11,7 @@ from dynabert_fast.ops.reference import keep_mask
 
 SIDE = 256
 ROWS, COLUMNS = torch.arange(SIDE)[:, None], torch.arange(SIDE)
-# Neighbours, halves that are zero, the formula's own constant (doubled, to fit), the ends, a random one.
+# Neighbours, halves that are zero, the formula's constant (doubled, to fit), the ends, any other.
 SEEDS = [0, 1, 2, 3, 1 << 32, (1 << 32) + 1, 0x3C6EF372 << 32, 2**63 - 1, -1, 7868437823427190124]
 
 

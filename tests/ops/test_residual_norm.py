@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from dynabert_fast import ops
 from dynabert_fast.errors import InputError
@@ -65,6 +65,11 @@ def test_x_is_cast_to_the_residuals_type(randn):
     assert out.dtype == torch.float32
     out.sum().backward()
     assert x.grad.dtype == torch.bfloat16
+
+
+def test_a_wide_x_is_cast_down_to_the_residuals_type(randn):
+    residual, weight, bias = (t.bfloat16() for t in (randn(5, D), randn(D), randn(D)))
+    assert ops.residual_norm(randn(5, D), residual, weight, bias, EPS).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

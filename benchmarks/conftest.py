@@ -1,0 +1,34 @@
+"""After the run: every row's best time, and its ratio to the baseline of its group."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    groups = defaultdict(list)
+    for row in session.benchmarks if session else ():
+        if row.stats.rounds:
+            groups[row.group].append(row)
+    measured = {g: rows for g, rows in groups.items() if any(_is_baseline(r) for r in rows)}
+    if not measured:
+        return
+    terminalreporter.section("best time, and how many times as fast as the baseline")
+    for group, rows in measured.items():
+        baseline = next(row for row in rows if _is_baseline(row))
+        terminalreporter.write_line(group)
+        for row in rows:
+            # The least disturbed round: other work on the machine only ever adds time.
+            best, ratio = row.stats.min, baseline.stats.min / row.stats.min
+            mark = "  baseline" if row is baseline else ""
+            terminalreporter.write_line(
+                f"  {row.extra_info['row']:<20s} {best * 1e3:9.3f} ms  x{ratio:5.2f}{mark}"
+            )
+
+
+def _is_baseline(row) -> bool:
+    return bool(row.extra_info.get("baseline"))

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+import transformers
+
+from dynabert_fast import __version__
+from dynabert_fast.evaluation import count_flops, count_parameters
+from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
+from dynabert_fast.ops import use_backend
+from dynabert_fast.ops.reference import KERNELS
+from dynabert_fast.ops.registry import PRIORITY
+from dynabert_fast.rewiring import measure_importance, rewire
+from dynabert_fast.subnet import grid
+
+
+def test_versions_devices_and_backends(cli):
+    result = cli("info")
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0] == f"dynabert-fast {__version__}, Python {platform.python_version()}"
+    assert lines[1] == f"torch {torch.__version__}, transformers {transformers.__version__}"
+    assert lines[2].startswith("devices: cpu")
+    assert "(forced: none)" in lines[3]
+    named = [line.split()[0] for line in lines[4:] if line.startswith("  ") and line[2] != " "]
+    assert named == list(PRIORITY)
+    assert f"  reference  serves {len(KERNELS)} of {len(KERNELS)} kernels" in lines
+
+
+def test_forced_backend(cli):
+    with use_backend("reference"):
+        assert "(forced: reference)" in cli("info").out
+
+
+def test_checkpoint(cli, checkpoints):
+    folder = checkpoints["classifier"]
+    result = cli("info", folder, "--length", "24", "--widths", "1,0.5")
+    assert result.code == 0
+    start = result.out.index(f"{folder}: ")
+    about, rewired, head, *rows = result.out[start:].splitlines()
+    assert about.endswith("bert, 4 layers, hidden size 24, heads of 6; labels: good, bad")
+    assert rewired == "rewired: no"
+    assert head.split() == ["sub-network", "parameters", "GFLOPs", "at", "24"]
+    config = DynaBertConfig.from_pretrained(folder)
+    subnets = grid(config, (1.0, 0.5))
+    assert [row.split()[0] for row in rows] == [str(subnet) for subnet in subnets]
+    for row, subnet in zip(rows, subnets, strict=True):
+        _, millions, unit, gigaflops = row.split()
+        assert unit == "M"
+        assert float(millions) == pytest.approx(count_parameters(config, subnet) / 1e6, rel=1e-2)
+        assert float(gigaflops) == pytest.approx(count_flops(config, subnet, 24) / 1e9, rel=1e-2)
+
+
+def test_a_pretrained_encoder_needs_no_head(cli, checkpoints):
+    result = cli("info", checkpoints["pretrained"])
+    assert result.code == 0
+    assert "rewired: no" in result.out
+
+
+def test_a_rewired_checkpoint(cli, checkpoints, make_batch, tmp_path):
+    model = DynaBertForSequenceClassification.from_pretrained(checkpoints["classifier"])
+    batch = make_batch() | {"labels": torch.tensor([1, 0, 1, 0])}
+    rewire(model, measure_importance(model, [batch], progress=False))
+    model.save_pretrained(tmp_path)
+    assert "rewired: yes" in cli("info", tmp_path).out
+
+
+def test_an_error_comes_without_the_rest(cli, tmp_path):
+    result = cli("info", tmp_path)
+    assert (result.code, result.out) == (2, "")

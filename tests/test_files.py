@@ -1,0 +1,245 @@
+"""Folders that appear whole or not at all: on errors, kills, and a system that refuses to write."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from dynabert_fast.errors import InputError, SaveError
+from dynabert_fast.files import is_write_failure, new_folder, whole_folder
+
+
+def fill(folder, text="new", names=("a.txt", "deep/b.txt")):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(params=[False, True], ids=["new", "over an older one"])
+def target(request, tmp_path):
+    """A folder to make, or to replace."""
+    target = tmp_path / "parent" / "target"
+    if request.param:
+        fill(target, "old", ("a.txt", "c.txt"))
+    return target
+
+
+@pytest.fixture
+def before(target):
+    """What is at the target, and under its parent, at first."""
+    return contents(target) if target.exists() else None
+
+
+def untouched(target, before):
+    """Whether nothing came of an attempt, hidden folders included."""
+    now = contents(target) if target.exists() else None
+    around = sorted(p.name for p in target.parent.iterdir()) if target.parent.exists() else []
+    return now == before and around in ([], [target.name])
+
+
+def test_a_whole_folder_appears(target):
+    with whole_folder(target) as aside:
+        fill(aside)
+        assert not (target / "deep").exists()
+    assert contents(target) == {"a.txt": "new", "deep/b.txt": "new"}
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_killed_processes_left_is_cleared(target):
+    for name in (".target.saving", ".target.old"):
+        fill(target.parent / name, "torn", ("torn.txt",))
+    with whole_folder(target) as aside:
+        assert list(aside.iterdir()) == []
+        fill(aside)
+    assert contents(target) == {"a.txt": "new", "deep/b.txt": "new"}
+    assert not (target.parent / ".target.saving").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, InputError, RuntimeError, KeyboardInterrupt])
+def test_other_errors_pass_through(target, before, error):
+    with pytest.raises(error, match="ours"), whole_folder(target) as aside:  # noqa: PT012
+        fill(aside)
+        raise error("ours")
+    assert untouched(target, before)
+
+
+REFUSALS = {
+    "full disk": OSError(errno.ENOSPC, "No space left on device"),
+    "over quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    "read-only": PermissionError(errno.EACCES, "Permission denied"),
+    "safetensors": SafetensorError("I/O error: No space left on device (os error 28)"),
+    "torch": RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    "torch's archive": RuntimeError("PytorchStreamWriter failed writing file data/0: file write"),
+    "torch's stream": RuntimeError("basic_ios::clear: iostream error"),
+    "tokenizers": Exception("No space left on device (os error 28)"),
+    "no words": OSError(),
+}
+
+
+@pytest.mark.parametrize("error", REFUSALS.values(), ids=REFUSALS.keys())
+def test_a_refused_write_is_one_clear_line(target, before, error):
+    with pytest.raises(SaveError) as caught, whole_folder(target) as aside:  # noqa: PT012
+        fill(aside)
+        raise error
+    message = str(caught.value)
+    assert message.startswith(f"could not save {target} (")
+    assert "intact" in message
+    assert "free some space" in message
+    assert "\n" not in message
+    assert caught.value.__cause__ is error
+    assert untouched(target, before)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("size mismatch for x"),
+        SafetensorError("bad header"),
+        Exception("unknown token"),
+        InputError("x does not load (No such file or directory (os error 2))"),
+    ],
+)
+def test_errors_that_are_no_refusal(error):
+    assert not is_write_failure(error)
+
+
+# Each call of the system that may fail once the folder is filled.
+@pytest.mark.parametrize("call", [1, 2], ids=["first rename", "second rename"])
+def test_a_failed_rename_leaves_the_older_folder(tmp_path, monkeypatch, call):
+    target, rename, calls = tmp_path / "target", Path.rename, []
+    fill(target, "old", ("a.txt",))
+
+    def fails(self, other):
+        calls.append(other)
+        if len(calls) == call:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(SaveError, match="Input/output error"), whole_folder(target) as aside:
+        fill(aside)
+    assert untouched(target, {"a.txt": "old"})
+
+
+def test_a_failed_flush_leaves_the_older_folder(target, before, monkeypatch):
+    def fails(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(SaveError, match="No space left"), whole_folder(target) as aside:
+        fill(aside)
+    assert untouched(target, before)
+
+
+def test_a_parent_that_is_a_file_is_a_save_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match="could not save"), whole_folder(tmp_path / "file" / "target"):
+        pass
+
+
+# Where a process is killed: the function that kills it when called.
+KILLS = {
+    "first write": "Path.write_text",
+    "before the flush": "os.fsync",
+    "before the rename": "Path.rename",
+}
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dynabert_fast.files import whole_folder
+
+with whole_folder(Path(sys.argv[1])) as aside:
+    if sys.argv[2] != "Path.write_text":
+        (aside / "a.txt").write_text("new")
+    {0} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    (aside / "b.txt").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("place", KILLS.values(), ids=KILLS.keys())
+def test_a_killed_process_leaves_no_half(target, before, place):
+    code = [sys.executable, "-c", KILLED.replace("{0}", place), str(target), place]
+    assert subprocess.run(code).returncode == -9
+    assert (contents(target) if target.exists() else None) == before
+    assert (target.parent / ".target.saving").is_dir()  # what the next attempt clears
+    with whole_folder(target) as aside:
+        fill(aside)
+    assert contents(target) == {"a.txt": "new", "deep/b.txt": "new"}
+
+
+# A real refusal: files of this process may not grow beyond 64 KiB.
+REFUSED = """
+import json, resource, signal, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from dynabert_fast.errors import SaveError
+from dynabert_fast.files import whole_folder
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+large = torch.zeros(2**16)
+writers = {
+    "safetensors": lambda path: save_file({"x": large}, path),
+    "torch.save": lambda path: torch.save({"x": large}, path),
+    "text": lambda path: path.write_text("x" * 2**17),
+}
+said = {}
+for name, write in writers.items():
+    try:
+        with whole_folder(Path(sys.argv[1]) / name) as aside:
+            (aside / "small").write_text("new")
+            write(aside / "large")
+    except SaveError as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """A folder of older folders, and what a process said that could not replace them."""
+    root = tmp_path_factory.mktemp("refused")
+    for name in ("safetensors", "torch.save", "text"):
+        fill(root / name, "old", ("small",))
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, str(root)], capture_output=True, text=True, check=True
+    )
+    return root, json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", ["safetensors", "torch.save", "text"])
+def test_the_system_refuses_to_write(refused, writer):
+    root, said = refused
+    assert said[writer].startswith(f"could not save {root / writer} (")
+    assert "\n" not in said[writer]
+    assert contents(root / writer) == {"small": "old"}
+    assert sorted(path.name for path in root.iterdir()) == ["safetensors", "text", "torch.save"]
+
+
+def test_new_folder(tmp_path):
+    assert new_folder(str(tmp_path / "absent" / "deep")) == tmp_path / "absent" / "deep"
+    assert list(tmp_path.iterdir()) == []  # only checked
+    (tmp_path / "empty").mkdir()
+    assert new_folder(tmp_path / "empty") == tmp_path / "empty"
+    fill(tmp_path / "full")
+    with pytest.raises(InputError, match="full is not empty; name another folder"):
+        new_folder(tmp_path / "full")
+    for path in (tmp_path / "full" / "a.txt", tmp_path / "full" / "a.txt" / "below"):
+        with pytest.raises(InputError, match=r"a\.txt is a file; name a folder"):
+            new_folder(path)
+    shutil.rmtree(tmp_path / "full")
+    new_folder(tmp_path / "full")

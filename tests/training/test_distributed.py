@@ -1,0 +1,176 @@
+"""Two processes with half a batch each end with the weights of one process with whole batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+
+from dynabert_fast.data import load_files
+from dynabert_fast.training import ElasticTrainer, TrainingOptions, run_stage, stages
+from dynabert_fast.training.pipeline import load_model, load_tokenizer, stage_data
+
+# 24 texts of one length, so that a mean over processes is a mean over tokens, and 8 a step in all
+# processes: three steps an epoch. Float64, so that rounding is not what is compared.
+OPTIONS = {"epochs": 2.0, "learning_rate": 1e-3, "save_every": 2}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation": 2},
+    "dropout": {"seed": 1},  # resumed, below
+}
+
+
+def train(folder: Path, output: Path, dropout: bool = False, **changes: Any) -> None:
+    data = load_files(
+        folder / "train.csv", folder / "dev.csv", text_column="text", label_column="label"
+    )
+    student, teacher = (load_model(folder / name).double() for name in ("student", "teacher"))
+    if not dropout:
+        student.config.hidden_dropout_prob = student.config.attention_probs_dropout_prob = 0.0
+        student = type(student)(student.config).double()
+        student.load_state_dict(load_model(folder / "student").double().state_dict())
+    run_stage(
+        stages(widths=(1.0, 0.5), depths=(1.0, 0.5))["depth"],
+        student,
+        stage_data(data, load_tokenizer(folder / "student"), 16),
+        output,
+        TrainingOptions(**OPTIONS, **changes),
+        teacher,
+        resume=True,
+        progress=False,
+    )
+
+
+class Observed:
+    """What training did in this process: texts of each step, and which passes exchanged gradients."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.texts: list[Any] = []
+        self.exchanges: list[bool] = []
+        self.stop_at = stop_at
+        self.step, self.forward = ElasticTrainer.training_step, DistributedDataParallel.forward
+
+    def __enter__(self) -> Observed:
+        def step(trainer: Any, model: Any, inputs: Any, *args: Any) -> Any:
+            if trainer.state.global_step == self.stop_at:
+                raise KeyboardInterrupt
+            self.texts.append(inputs["input_ids"].tolist())
+            return self.step(trainer, model, inputs, *args)
+
+        def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+            self.exchanges.append(model.require_backward_grad_sync)
+            return self.forward(model, *args, **kwargs)
+
+        ElasticTrainer.training_step, DistributedDataParallel.forward = step, forward
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> bool:
+        ElasticTrainer.training_step, DistributedDataParallel.forward = self.step, self.forward
+        return kind is KeyboardInterrupt
+
+
+def work(folder: Path) -> None:
+    """What each of the two processes does."""
+    torch.set_num_threads(1)
+    seen = {}
+    for name in ("plain", "accumulation"):
+        with Observed() as seen[name]:
+            train(folder, folder / name, batch_size=4, **SCENARIOS[name])
+    # Interrupted in the second epoch, after a step of it, and resumed.
+    with Observed() as seen["whole"]:
+        train(folder, folder / "whole", dropout=True, batch_size=4)
+    with Observed(stop_at=5):
+        train(folder, folder / "resumed", dropout=True, batch_size=4)
+    with Observed() as seen["resumed"]:
+        train(folder, folder / "resumed", dropout=True, batch_size=4)
+    report = {name: [o.texts, o.exchanges] for name, o in seen.items()}
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_task, make_student, tokenizer):
+    """Everything that two processes made."""
+    folder = tmp_path_factory.mktemp("distributed")
+    task = make_task("binary", train=24, dev=4, length=5)
+    for name, seed in (("student", 0), ("teacher", 1)):
+        make_student("binary", seed=seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for name, part in (("train", task.train), ("dev", task.dev)):
+        lines = [f"{text},{label}" for text, label in zip(part.texts, part.labels, strict=True)]
+        (folder / f"{name}.csv").write_text("\n".join(["text,label", *lines]))
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        [sys.executable, *launch, __file__, str(folder)],
+        env=os.environ | threads,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seen(folder):
+    """For each process and scenario: the texts of its steps, and its exchanges."""
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", ["plain", "accumulation"])
+def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path, name):
+    train(folder, tmp_path / "one", batch_size=8, **SCENARIOS[name])
+    one, two, start = (
+        load_file(path / "model.safetensors")
+        for path in (tmp_path / "one", folder / name, folder / "student")
+    )
+    assert one.keys() == two.keys()
+    for key in one:
+        assert one[key].dtype == torch.float64
+        torch.testing.assert_close(two[key], one[key], rtol=1e-6, atol=1e-9, msg=key)
+        if "position" not in key and "word" not in key:
+            assert (one[key] - start[key]).abs().max() > 1e-4
+
+
+def test_gradients_are_exchanged_once_a_step(seen):
+    for process in seen:
+        assert process["plain"][1] == ([False] * 3 + [True]) * 6
+        # The epoch's third batch makes a step of its own.
+        assert process["accumulation"][1] == ([False] * 7 + [True] + [False] * 3 + [True]) * 2
+
+
+def test_each_text_goes_to_one_process(seen):
+    for name in ("plain", "whole"):
+        for epoch in (slice(0, 3), slice(3, 6)):
+            texts = [{tuple(text) for step in p[name][0][epoch] for text in step} for p in seen]
+            assert len(texts[0] | texts[1]) == 24
+            assert not texts[0] & texts[1]
+
+
+def test_every_epoch_has_an_order_of_its_own(seen):
+    for process in seen:
+        texts = process["plain"][0]
+        assert texts[:3] != texts[3:]
+
+
+def test_resumed_in_the_second_epoch(folder, seen):
+    for process in seen:
+        assert process["resumed"][0] == process["whole"][0][4:]
+    whole, resumed = (folder / name / "model.safetensors" for name in ("whole", "resumed"))
+    assert whole.read_bytes() == resumed.read_bytes()
+    assert not list(folder.glob("*.checkpoints"))

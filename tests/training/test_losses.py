@@ -1,0 +1,148 @@
+"""The distillation loss against its formula, and which hidden state learns from which."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dynabert_fast.errors import InputError
+from dynabert_fast.subnet import Subnet, grid
+from dynabert_fast.training import Distillation, distillation_loss, matched_layers
+
+
+def config_of(layers: int) -> SimpleNamespace:
+    return SimpleNamespace(layer_heads=[4] * layers, layer_neurons=[40] * layers)
+
+
+# Number of layers, the student's depth: the teacher's hidden states (0 is the embeddings').
+MATCHED = {
+    "12 layers, all": (12, 1.0, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+    "12 layers, 0.75": (12, 0.75, [0, 1, 2, 4, 5, 6, 8, 9, 10, 12]),
+    "12 layers, 0.5": (12, 0.5, [0, 2, 4, 6, 8, 10, 12]),
+    "6 layers, 0.75": (6, 0.75, [0, 1, 2, 4, 6]),
+    "6 layers, 0.5": (6, 0.5, [0, 2, 4, 6]),
+    "1 layer": (1, 1.0, [0, 1]),
+}
+
+
+@pytest.mark.parametrize(("layers", "depth", "wanted"), MATCHED.values(), ids=MATCHED.keys())
+def test_matched_layers(layers, depth, wanted):
+    config = config_of(layers)
+    student = Subnet.from_multipliers(config, 0.5, depth)
+    assert matched_layers(student, Subnet.full(config)) == wanted
+
+
+def test_matched_layers_of_explicit_layers():
+    config = config_of(6)
+    student = Subnet.from_extents(config, (1, 5), (2, 4), (7, 40))
+    assert matched_layers(student, Subnet.full(config)) == [1, 5, 6]
+
+
+def hidden_pairs(count, tokens=(5, 7, 3)):
+    """Hidden states of student and teacher `[sum(tokens), D]`, no two of one distribution."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (sum(tokens), 8)
+
+    def states():
+        return [
+            torch.randn(shape, dtype=torch.float64, generator=generator) * (i + 1)
+            for i in range(count)
+        ]
+
+    return [s.requires_grad_() for s in states()], [t.requires_grad_() for t in states()]
+
+
+def logit_pair(classes):
+    generator = torch.Generator().manual_seed(0)
+    pair = (torch.randn(3, classes, dtype=torch.float64, generator=generator) for _ in range(2))
+    return tuple(x.requires_grad_() for x in pair)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 6], ids=["regression", "binary", "many classes"])
+@pytest.mark.parametrize(
+    ("logits", "hidden"),
+    [(1.0, 0.1), (1.0, 1.0), (0.5, 2.0), (1.0, 0.0), (0.0, 1.0)],
+    ids=["width stage", "depth stage", "others", "logits only", "hidden only"],
+)
+def test_loss_is_the_formula(classes, logits, hidden):
+    student, teacher = logit_pair(classes)
+    states, wanted = hidden_pairs(4)
+    got = distillation_loss(Distillation(logits, hidden), student, teacher, states, wanted)
+    if classes == 1:
+        first = sum((s - t) ** 2 for s, t in zip(student, teacher, strict=True)) / 3
+    else:  # soft cross-entropy at temperature 1, mean over the batch
+        first = -(teacher.exp() / teacher.exp().sum(-1, keepdim=True)) * (
+            student - student.exp().sum(-1, keepdim=True).log()
+        )
+        first = first.sum() / 3
+    # The mean over real tokens and features of each hidden state, summed over them.
+    second = sum(((s - t) ** 2).sum() / s.numel() for s, t in zip(states, wanted, strict=True))
+    assert got.shape == ()
+    torch.testing.assert_close(got, (logits * first + hidden * second).reshape(()))
+
+
+def test_gradients_reach_the_student_only():
+    student, teacher = logit_pair(3)
+    states, wanted = hidden_pairs(2)
+    loss = distillation_loss(Distillation(1.0, 0.5), student, teacher, states, wanted)
+    loss.backward()
+    torch.testing.assert_close(student.grad, (student.softmax(-1) - teacher.softmax(-1)) / 3)
+    for s, t in zip(states, wanted, strict=True):
+        torch.testing.assert_close(s.grad, 0.5 * 2 * (s - t) / s.numel())
+    assert all(t.grad is None for t in (teacher, *wanted))
+
+
+def test_half_precision_logits_of_the_teacher():
+    student, teacher = (x.detach().float() for x in logit_pair(3))
+    got = distillation_loss(Distillation(hidden=0.0), student, teacher.bfloat16(), (), ())
+    want = -(teacher.bfloat16().float().softmax(-1) * F.log_softmax(student, -1)).sum(-1).mean()
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want)
+
+
+def test_a_missing_hidden_state_is_an_error():
+    states, wanted = hidden_pairs(3)
+    with pytest.raises(ValueError, match="zip"):
+        distillation_loss(Distillation(), *logit_pair(2), states, wanted[:2])
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("logits", "hidden"),
+    [(0, 0), (-1, 1), (1, -0.1), (NAN, 1), (1, NAN), (INFINITE, 1), (1, INFINITE)],
+)
+def test_bad_weights_are_refused(logits, hidden):
+    with pytest.raises(InputError, match=f"got logits {logits} and hidden {hidden}"):
+        Distillation(logits, hidden)
+
+
+def test_unknown_teacher_width_is_refused():
+    with pytest.raises(InputError, match="must be same or full, got 'half'"):
+        Distillation(teacher_width="half")
+
+
+def test_defaults_are_those_of_the_paper():
+    assert Distillation() == Distillation(1.0, 1.0, "same")
+
+
+@pytest.mark.parametrize("layers", [6, 12])
+def test_teacher_subnet_has_full_depth_and_the_chosen_width(layers):
+    config = config_of(layers)
+    for student in grid(config):
+        same = Distillation(teacher_width="same").teacher_subnet(config, student)
+        full = Distillation(teacher_width="full").teacher_subnet(config, student)
+        assert (same.width, same.depth) == (student.width, 1.0)
+        assert same.heads == (student.heads[0],) * layers
+        assert full == Subnet.full(config)
+
+
+def test_explicit_extents_learn_from_the_full_width():
+    config = config_of(6)
+    student = Subnet.from_extents(config, (0, 3), (1, 4), (40, 2))
+    for choice in ("same", "full"):
+        assert Distillation(teacher_width=choice).teacher_subnet(config, student) == Subnet.full(config)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dynabert_fast.cli.main import main
 from dynabert_fast.models import DynaBertForSequenceClassification
-from dynabert_fast.training import ElasticTrainer
+from dynabert_fast.training import ElasticTrainer, pipeline
 
 GRID = "--widths 1,0.5 --depths 1,0.5".split()
 STEPS = "--max-steps 2 --learning-rate 1e-2 --batch-size 8".split()
@@ -122,11 +122,17 @@ def test_fit_trains(fitted):
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_fit_with_a_last_stage_evaluates_that(fitted, cli, sources, latency):
+def test_fit_with_a_last_stage_evaluates_that(cli, fit, fitted, monkeypatch):
     assert names(fitted / "final") == MODEL_FILES | {"rewiring.safetensors"}
-    result = cli("evaluate", fitted / "final", *sources["classes"], *latency, *GRID)
-    table = result.out.split("\n\n")[1]
-    assert table == (fitted / "grid.md").read_text().split("\n\n")[1]
+    evaluated, own = [], pipeline.evaluate_checkpoint
+
+    def evaluate_checkpoint(checkpoint, *args, **kwargs):
+        evaluated.append(checkpoint)
+        return own(checkpoint, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "evaluate_checkpoint", evaluate_checkpoint)
+    assert cli(*fit(fitted, "--final", "--resume")).code == 0
+    assert evaluated == [fitted / "final"]
 
 
 def test_fit_without_rewiring(cli, fit, tmp_path):
@@ -305,12 +311,15 @@ def test_the_seed_matters(cli, chained, checkpoints, sources, tmp_path):
 
 
 def test_lambda_and_teacher_width_matter(cli, chained, sources, tmp_path):
-    for number, change in enumerate(("--teacher-width full", "--lambda-hidden 0")):
-        output = tmp_path / str(number)
-        words = ("train-depth", chained["width"], "--teacher", chained["width"])
+    for command, student, teacher, stage, change in (
+        ("train-width", "rewired", "teacher", "width", "--lambda-hidden 0"),
+        ("train-depth", "width", "width", "depth", "--teacher-width full"),
+    ):
+        words = (command, chained[student], "--teacher", chained[teacher])
         training = (*sources["classes"], *STEPS, *GRID)
-        assert cli(*words, "--output", output, *training, *change.split()).code == 0
-        assert not equal(output, chained["depth"])
+        result = cli(*words, "--output", tmp_path / stage, *training, *change.split())
+        assert result.code == 0, result.err
+        assert not equal(tmp_path / stage, chained[stage])
 
 
 def test_a_teacher_of_another_size_without_matched_states(

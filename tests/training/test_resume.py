@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,17 @@ MOMENTS = {
 }
 
 
-def kill_at(moment: str, call: int, folder: Path) -> None:
+def kill_at(moment: str, call: int) -> None:
     """Have this process killed by the given call of a moment; of "any", all moments' calls count."""
     counter = itertools.count(1)
     for name, (owner, attribute) in MOMENTS.items():
-        if moment in (name, "any", "none"):
-            setattr(owner, attribute, _deadly(getattr(owner, attribute), counter, call, name, folder))
+        if moment in (name, "any"):
+            setattr(owner, attribute, _deadly(getattr(owner, attribute), counter, call))
 
 
-def _deadly(function: Any, counter: Any, call: int, name: str, folder: Path) -> Any:
+def _deadly(function: Any, counter: Iterator[int], call: int) -> Any:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        n = next(counter)
-        if os.environ.get("SWEEP"):
-            (folder / "events").open("a").write(f"{n} {name}\n")
-        if n == call:
+        if next(counter) == call:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
 
@@ -92,7 +90,7 @@ def train(folder: str, output: str, kill: tuple[str, int] | None, **changes: Any
     if kill and kill[0] == "half a file":
         half_of_a_file(kill[1])
     elif kill:
-        kill_at(*kill, here)
+        kill_at(*kill)
     run_stage(
         stages(widths=(1.0, 0.5), depths=(1.0, 0.5))["depth"],
         student,
@@ -170,9 +168,9 @@ KILLS = {
     "in a step": (("sub-network", 4 * 3 + 2), 3, {"checkpoint-2"}),
     "in the second epoch": (("step", 10), 9, {"checkpoint-6", "checkpoint-8"}),
     "while weights are written": (("flush", 1), 1, {".checkpoint-2.saving"}),
-    "half through a file": (("half a file", 7), 3, {"checkpoint-2", ".checkpoint-4.saving"}),
+    "half through a file": (("half a file", 6), 3, {"checkpoint-2", ".checkpoint-4.saving"}),
     "before a checkpoint has its name": (("rename", 2), 3, {"checkpoint-2", ".checkpoint-4.saving"}),
-    "before an old one is deleted": (("step", 5), 5, {"checkpoint-4"}),
+    "before an old one is deleted": (("deletion", 9), 5, {"checkpoint-2", "checkpoint-4"}),
     "before an epoch's evaluation": (("evaluation", 1), 5, {"checkpoint-4"}),
     "between evaluation and save": (("checkpoint", 3), 5, {"checkpoint-4"}),
     "between two epochs": (("step", 7), 7, {"checkpoint-6"}),

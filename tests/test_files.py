@@ -145,7 +145,10 @@ def test_a_failed_flush_leaves_the_older_folder(target, before, monkeypatch):
 
 def test_a_parent_that_is_a_file_is_a_save_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SaveError, match="could not save"), whole_folder(tmp_path / "file" / "target"):
+    with (
+        pytest.raises(SaveError, match="could not save"),
+        whole_folder(tmp_path / "file" / "target"),
+    ):
         pass
 
 

@@ -353,7 +353,7 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
             "--teacher-width",
             choices=("same", "full"),
             default="same",
-            help="when training depths, the teacher runs at the student's width (paper, default) or "
+            help="training depths, the teacher runs at the student's width (paper, default) or "
             "at full width (released code)",
         )
 
@@ -384,7 +384,7 @@ def training_options(args: argparse.Namespace, stage: str | None = None) -> Trai
 
 def stages_of(args: argparse.Namespace) -> dict[str, Stage]:
     """The stages with the grid and the distillation that the arguments ask for."""
-    from dynabert_fast.training import Distillation, stages
+    from dynabert_fast.training import stages
 
     found = stages(args.widths, args.depths)
     for name in ("width", "depth"):
@@ -392,8 +392,9 @@ def stages_of(args: argparse.Namespace) -> dict[str, Stage]:
         assert recipe is not None
         hidden = recipe.hidden if args.lambda_hidden is None else args.lambda_hidden
         # Widths always learn from the full teacher: it was fine-tuned at that width alone.
-        of = "full" if name == "width" else getattr(args, "teacher_width", "same")
-        recipe = Distillation(args.lambda_logits, hidden, of)
+        recipe = dataclasses.replace(recipe, logits=args.lambda_logits, hidden=hidden)
+        if name == "depth" and hasattr(args, "teacher_width"):
+            recipe = dataclasses.replace(recipe, teacher_width=args.teacher_width)
         found[name] = dataclasses.replace(found[name], recipe=recipe)
     return found
 

@@ -58,16 +58,16 @@ def pretrained_folder() -> Path:
 
 
 def quickstart_options() -> FitOptions:
-    """A short run: one epoch a stage, short texts, a rate for so few steps."""
+    """A short run: few steps a stage, short texts, a rate for so few steps."""
     from dynabert_fast.training import TrainingOptions, stages
     from dynabert_fast.training.pipeline import FitOptions
 
-    epochs = {"finetune": 2.0, "width": 1.0, "depth": 1.0, "final": 1.0}
+    steps = {"finetune": 150, "width": 60, "depth": 40, "final": 40}
     return FitOptions(
         stages=stages(),
         training={
-            name: TrainingOptions(epochs=value, learning_rate=1e-4, save_every=25)
-            for name, value in epochs.items()
+            name: TrainingOptions(max_steps=value, learning_rate=1e-4)
+            for name, value in steps.items()
         },
         max_length=32,
         latency_length=32,

@@ -55,9 +55,7 @@ class Stage:
         return grid(model.config, self.widths, self.depths)
 
 
-def stages(
-    widths: Sequence[float] = WIDTHS, depths: Sequence[float] = DEPTHS
-) -> dict[str, Stage]:
+def stages(widths: Sequence[float] = WIDTHS, depths: Sequence[float] = DEPTHS) -> dict[str, Stage]:
     """The four stages by name, with the paper's losses, for a grid of widths and depths."""
     widths, depths = tuple(widths), tuple(depths)
     # The fine-tuned teacher was never trained to be good at less than its full width.

@@ -72,7 +72,9 @@ class ElasticTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         assert (teacher is None) == (recipe is None), "a teacher and a recipe go together"
-        if args.n_gpu > 1:  # the Trainer would use DataParallel, which cannot split packed sequences
+        if (
+            args.n_gpu > 1
+        ):  # the Trainer would use DataParallel, which cannot split packed sequences
             _logger.warning(
                 "one process trains on one GPU; to use all %d: torchrun --nproc-per-node %d",
                 args.n_gpu,
@@ -259,7 +261,7 @@ class _SaveEvery(TrainerCallback):
         self.steps = steps
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        # The last step of an epoch is saved after its evaluation, and only then: a run resumed from an
+        # An epoch's last step is saved after its evaluation, and only then: a run resumed from an
         # earlier save of it would never evaluate that epoch, and could miss the best checkpoint.
         last = control.should_training_stop or float(state.epoch).is_integer()
         control.should_save |= state.global_step % self.steps == 0 and not last

@@ -137,6 +137,8 @@ def test_interrupt(tmp_path, checkpoints, sources, environment):
     process = subprocess.Popen(
         [*PROGRAM, *command, *options, "--batch-size", "8"],
         env=environment,
+        # A shell's background job ignores it, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

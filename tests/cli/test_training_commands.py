@@ -8,8 +8,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
-from dynabert_fast.cli.main import main
+from dynabert_fast.cli.main import build_parser, main
+from dynabert_fast.errors import InputError
 from dynabert_fast.models import DynaBertForSequenceClassification
 from dynabert_fast.training import ElasticTrainer, pipeline
 
@@ -232,6 +234,15 @@ def test_a_run_that_diverges_leaves_nothing(cli, checkpoints, sources, tmp_path)
     assert line.startswith("dynabert-fast: error: ")
     assert "lower the learning rate" in line
     assert names(tmp_path) == set()
+
+
+def test_a_run_that_fails_closes_its_bar(checkpoints, sources, tmp_path):
+    """While the exception, and with it every frame, is still there: it is not left to chance."""
+    words = ["finetune", str(checkpoints["pretrained"]), "--output", str(tmp_path / "out")]
+    args = build_parser().parse_args([*words, *sources["classes"], *STEPS, "--learning-rate=1e30"])
+    with pytest.raises(InputError, match="not finite"):
+        args.run(args)
+    assert list(tqdm._instances) == []
 
 
 @pytest.mark.parametrize(

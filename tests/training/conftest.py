@@ -52,7 +52,9 @@ def make_examples(kind: str, count: int, rng: random.Random, length: int | None)
         label = rng.randrange(classes)
         own = WORDS[label * share : (label + 1) * share]
         number = length or rng.randint(2, 9)
-        texts.append(" ".join(rng.choice(own if rng.random() < 0.7 else WORDS) for _ in range(number)))
+        texts.append(
+            " ".join(rng.choice(own if rng.random() < 0.7 else WORDS) for _ in range(number))
+        )
         pairs.append(" ".join(rng.choices(own, k=number // 2 + 1)))
         labels.append(label)
     targets: list[Any] = [label / 2 for label in labels] if kind == "regression" else labels
@@ -61,7 +63,7 @@ def make_examples(kind: str, count: int, rng: random.Random, length: int | None)
 
 @pytest.fixture(scope="session")
 def make_task() -> Callable[..., TaskData]:
-    """`make_task("binary" | "many" | "pair" | "regression", train=12, dev=6, seed=0, length=None)`."""
+    """`make_task(kind, train=12, dev=6, seed=0, length=None)`: binary, many, pair or regression."""
 
     def make(kind="binary", train=12, dev=6, seed=0, length=None):
         rng = random.Random(seed)
@@ -83,6 +85,7 @@ def make_data(make_task, tokenizer) -> Callable[..., StageData]:
 @pytest.fixture(scope="session")
 def make_student(make_model, make_task) -> Callable[..., Any]:
     """`make_student("binary", seed=0, **config)`: a classifier with the task's head."""
+
     def make(kind="binary", **fields):
         data = make_task(kind, 1, 1)
         return make_model(**{**head_changes(data), "num_labels": data.num_labels, **fields})
@@ -94,7 +97,7 @@ def make_student(make_model, make_task) -> Callable[..., Any]:
 def make_trainer(make_student, make_data, tmp_path) -> Callable[..., ElasticTrainer]:
     """`make_trainer(stage, options, recipe=None, kind="binary", train=12, dropout=False, **model)`.
 
-    The trainer of a stage, with its teacher, over 4-layer models; checkpoints go to `tmp_path / "run"`.
+    The trainer of a stage and its teacher, over 4-layer models; checkpoints in `tmp_path / "run"`.
     """
 
     def make(
@@ -131,7 +134,7 @@ def make_trainer(make_student, make_data, tmp_path) -> Callable[..., ElasticTrai
     return make
 
 
-# A fresh interpreter takes seconds to import torch and transformers. The fork server imports them once
+# A fresh interpreter takes seconds to import torch and transformers. The fork server does so once
 # and computes nothing, so that its children start in no time and share no state with this process.
 _PRELOADED = ["dynabert_fast.training.pipeline", "transformers.trainer", "pytest"]
 

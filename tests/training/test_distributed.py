@@ -50,7 +50,7 @@ def train(folder: Path, output: Path, dropout: bool = False, **changes: Any) -> 
 
 
 class Observed:
-    """What training did in this process: texts of each step, and which passes exchanged gradients."""
+    """What training did in this process: texts of each step, passes that exchanged gradients."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.texts: list[Any] = []

@@ -145,4 +145,6 @@ def test_explicit_extents_learn_from_the_full_width():
     config = config_of(6)
     student = Subnet.from_extents(config, (0, 3), (1, 4), (40, 2))
     for choice in ("same", "full"):
-        assert Distillation(teacher_width=choice).teacher_subnet(config, student) == Subnet.full(config)
+        assert Distillation(teacher_width=choice).teacher_subnet(config, student) == Subnet.full(
+            config
+        )

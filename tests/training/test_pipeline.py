@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,20 @@ def fit_and_die(folder: str, output: str, kill: tuple[str, int] | None) -> None:
     """`fit`, in a process that is killed by a call; writes the number of steps that it took."""
     import os
 
-    here, calls = Path(folder), {name: 0 for name in MOMENTS}
+    here, calls = Path(folder), dict.fromkeys(MOMENTS, 0)
     torch.set_num_threads(1)
     for name, (owner, attribute) in MOMENTS.items():
 
-        def wrapper(*args, _name=name, _function=getattr(owner, attribute), **kwargs):
+        def wrapper(*args, _name=name, _function=getattr(owner, attribute), **kwargs):  # noqa: B008
             calls[_name] += 1
             if (_name, calls[_name]) == kill:
                 os.kill(os.getpid(), signal.SIGKILL)
             return _function(*args, **kwargs)
 
         setattr(owner, attribute, wrapper)
-    data = load_files(here / "train.csv", here / "dev.csv", text_column="text", label_column="label")
+    data = load_files(
+        here / "train.csv", here / "dev.csv", text_column="text", label_column="label"
+    )
     training = {"epochs": 2.0, "save_every": 2}
     fit(here / "encoder", data, output, options(training), resume=True, progress=False)
     Path(f"{output}.steps").write_text(str(calls["step"]))
@@ -112,7 +115,9 @@ def test_the_grid_is_that_of_the_last_stage(fitted, make_data):
     data, model = make_data("many", train=16, dev=8), load(output / "final").eval()
     batch = data.collator([data.dev[i] for i in range(8)])
     labels = batch.pop("labels")
-    for cell, subnet in zip(grid.cells, stages((1, 0.5), (1, 0.5))["depth"].subnets(model), strict=True):
+    for cell, subnet in zip(
+        grid.cells, stages((1, 0.5), (1, 0.5))["depth"].subnets(model), strict=True
+    ):
         right = (model(**batch, subnet=subnet).logits.argmax(-1) == labels).float().mean()
         assert cell.metrics["accuracy"] == pytest.approx(float(right))
     assert Grid.from_json((output / "grid.json").read_text()) == grid
@@ -150,7 +155,7 @@ def test_each_stage_starts_from_the_one_before(fitted, make_data):
     assert orders == [tuple(o.tolist()) for o in Rewiring.load(str(output / "final")).neuron_order]
     assert Rewiring.load(str(output / "teacher")) is None
     weights = [load(output / name).classifier.weight.detach() for name in MODELS]
-    moved = [float((b - a).abs().max()) for a, b in zip(weights, weights[1:], strict=False)]
+    moved = [float((b - a).abs().max()) for a, b in pairwise(weights)]
     assert moved[0] == 0
     assert all(0 < m < 0.02 for m in moved[1:])  # 4 steps of at most 1e-3 each
 
@@ -195,7 +200,9 @@ def test_other_settings_are_refused(fitted, encoder, make_task, changed, trainin
         fit(encoder, task, output, chosen, resume=True, progress=False)
 
 
-def test_other_data_and_models_are_refused(fitted, encoder, make_task, tokenizer, tmp_path, make_hf):
+def test_other_data_and_models_are_refused(
+    fitted, encoder, make_task, tokenizer, tmp_path, make_hf
+):
     output, _ = fitted
     for task, message in (
         (make_task("many", train=15, dev=8), "train_examples 16, not 15"),
@@ -206,7 +213,7 @@ def test_other_data_and_models_are_refused(fitted, encoder, make_task, tokenizer
             fit(encoder, task, output, options(final=True), resume=True, progress=False)
     make_hf("bert", "Model", num_hidden_layers=2).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="was started with model"):
+    with pytest.raises(InputError, match="was started with model"):  # noqa: PT012
         task = make_task("many", train=16, dev=8)
         fit(tmp_path, task, output, options(final=True), resume=True, progress=False)
 

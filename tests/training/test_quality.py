@@ -1,4 +1,4 @@
-"""Training makes narrow and shallow sub-networks good: the point of it all, on a task learnt in seconds."""
+"""Training makes narrow and shallow sub-networks good, on a task that is learnt in seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every stage from folder to folder, on every kind of task; what is refused, and what is printed."""
+"""Every stage from folder to folder, on every kind of task; what is refused and printed."""
 
 from __future__ import annotations
 
@@ -105,9 +105,10 @@ def test_every_stage_runs(make_data, make_student, make_task, tmp_path, kind):
     fresh = make_student(kind)
     before = {name: t.clone() for name, t in fresh.state_dict().items()}
     teacher = None
-    for name in stages():
+    for name, stage in stages((1.0, 0.5), (1.0, 0.5)).items():
         model = fresh if teacher is None else load(tmp_path / teacher)
-        go(name, model, data, tmp_path / name, load(tmp_path / teacher) if teacher else None)
+        taught_by = load(tmp_path / teacher) if teacher else None
+        run_stage(stage, model, data, tmp_path / name, OPTIONS, taught_by, progress=False)
         assert names(tmp_path / name) >= FILES
         made = load(tmp_path / name)
         after = made.state_dict()
@@ -168,7 +169,9 @@ def test_a_teacher_that_does_not_fit_is_refused(make_data, make_student, tmp_pat
 def test_a_larger_teacher_of_logits_alone(make_data, make_student, tmp_path):
     stage = replace(stages()["depth"], recipe=Distillation(1.0, 0.0))
     teacher = make_student(seed=1, hidden_size=32, num_hidden_layers=6)
-    run_stage(stage, make_student(), make_data(), tmp_path / "out", OPTIONS, teacher, progress=False)
+    run_stage(
+        stage, make_student(), make_data(), tmp_path / "out", OPTIONS, teacher, progress=False
+    )
     assert names(tmp_path) == {"out"}
 
 
@@ -218,7 +221,9 @@ def test_an_interrupted_run_needs_resume(interrupted, make_data, make_student, m
     assert names(interrupted.parent) == {"out.checkpoints"}
     options, taken = TrainingOptions(batch_size=4, epochs=2), steps_of(monkeypatch)
     arguments = ("finetune", make_student(), make_data(), interrupted)
-    with pytest.raises(InputError, match=r"out\.checkpoints holds an interrupted run; add --resume"):
+    with pytest.raises(
+        InputError, match=r"out\.checkpoints holds an interrupted run; add --resume"
+    ):
         go(*arguments, options=options)
     assert taken == []
     go(*arguments, options=options, resume=True)
@@ -260,7 +265,7 @@ def test_a_full_disk_ends_a_run_that_can_go_on(make_data, make_student, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", refuse)
-        with pytest.raises(SaveError, match="checkpoint-6.*what was saved before is intact"):
+        with pytest.raises(SaveError, match=r"checkpoint-6.*what was saved before is intact"):
             go("finetune", make_student(), make_data(), tmp_path / "out", options=options)
     assert names(tmp_path / "out.checkpoints") == {"checkpoint-3"}
     taken = steps_of(monkeypatch)

@@ -72,9 +72,8 @@ class ElasticTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         assert (teacher is None) == (recipe is None), "a teacher and a recipe go together"
-        if (
-            args.n_gpu > 1
-        ):  # the Trainer would use DataParallel, which cannot split packed sequences
+        # The Trainer would use DataParallel, which cannot split packed sequences.
+        if args.n_gpu > 1:
             _logger.warning(
                 "one process trains on one GPU; to use all %d: torchrun --nproc-per-node %d",
                 args.n_gpu,

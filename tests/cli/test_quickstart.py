@@ -33,11 +33,16 @@ def docs():
 
 @pytest.fixture
 def small(monkeypatch, make_checkpoint, docs, tmp_path):
-    """The quickstart's model and data made small; returns the model's folder."""
+    """The quickstart's model, data and training made small."""
     folder = make_checkpoint(tmp_path / "model", max_position_embeddings=128)
+    options = quickstart.quickstart_options()
+    training = {
+        name: dataclasses.replace(values, max_steps=2) for name, values in options.training.items()
+    }
+    options = dataclasses.replace(options, training=training)
+    monkeypatch.setattr(quickstart, "quickstart_options", lambda: options)
     monkeypatch.setattr(quickstart, "pretrained_folder", lambda: folder)
     monkeypatch.setattr("dynabert_fast.data.build_stdlib_docs", lambda: docs)
-    return folder
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ output/
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -364,8 +365,18 @@ def _settings(source: str | Path, data: TaskData, options: FitOptions) -> dict[s
         "final": options.final,
         "stages": {name: asdict(stage) for name, stage in options.stages.items()},
         "training": {name: asdict(values) for name, values in options.training.items()},
+        "data": _digest(data),
     }
     return json.loads(json.dumps(settings))
+
+
+def _digest(data: TaskData) -> str:
+    """A short hash of all texts and labels: the same files sampled anew are other data."""
+    digest = hashlib.sha256()
+    for examples in (data.train, data.dev):
+        columns = (examples.texts, examples.pairs, examples.labels)
+        digest.update(json.dumps(columns).encode())
+    return digest.hexdigest()[:16]
 
 
 def _begun(output: Path, settings: dict[str, Any], resume: bool) -> bool:
@@ -379,7 +390,8 @@ def _begun(output: Path, settings: dict[str, Any], resume: bool) -> bool:
     except (ValueError, AttributeError) as error:
         raise InputError(f"{record} cannot be read ({error}); choose another folder") from error
     now = _flat(settings)
-    for key in sorted(now.keys() | before.keys()):
+    # The data last: a differing number of examples says more than a digest.
+    for key in sorted(now.keys() | before.keys(), key=lambda key: (key == "data", key)):
         if before.get(key) != now.get(key):
             raise InputError(
                 f"{output} was started with {key} {before.get(key)}, not {now.get(key)}; "

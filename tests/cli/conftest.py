@@ -199,10 +199,10 @@ def latency() -> list[str]:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """Environment of a real process: offline, one thread, this checkout first on its path."""
+    """Environment of a real process: offline, one thread, buffered, this checkout on its path."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": ""}
     return os.environ | threads | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 

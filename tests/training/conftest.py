@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import random
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,23 @@ NAMES = {
     "regression": (),
 }
 DROPOUT_OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_collection() -> Iterator[None]:
+    """Accelerate collects garbage whenever a training begins: spare it what was imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_the_cpu() -> Iterator[None]:
+    """What is tested here is order and arithmetic, bit for bit: not on a GPU, if there is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +166,11 @@ class Job:
         self.process = context.Process(
             target=runpy.run_path, args=(str(path), {"ARGUMENTS": arguments}, "__job__")
         )
-        self.process.start()
+        with (
+            pytest.MonkeyPatch.context() as patch
+        ):  # for the server, which starts with the first job
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            self.process.start()
 
     def wait(self, seconds: float = 120) -> int:
         """Its exit code: 0, 1 after an exception, -9 where it was killed."""

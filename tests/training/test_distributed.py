@@ -114,10 +114,10 @@ def folder(tmp_path_factory, make_task, make_student, tokenizer):
         lines = [f"{text},{label}" for text, label in zip(part.texts, part.labels, strict=True)]
         (folder / f"{name}.csv").write_text("\n".join(["text,label", *lines]))
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, *launch, __file__, str(folder)],
-        env=os.environ | threads,
+        env=os.environ | settings,
         capture_output=True,
         text=True,
         timeout=300,

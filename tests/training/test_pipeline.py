@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import os
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -46,8 +48,6 @@ MOMENTS = {
 
 def fit_and_die(folder: str, output: str, kill: tuple[str, int] | None) -> None:
     """`fit`, in a process that is killed by a call; writes the number of steps that it took."""
-    import os
-
     here, calls = Path(folder), dict.fromkeys(MOMENTS, 0)
     torch.set_num_threads(1)
     for name, (owner, attribute) in MOMENTS.items():
@@ -68,6 +68,7 @@ def fit_and_die(folder: str, output: str, kill: tuple[str, int] | None) -> None:
 
 
 if __name__ == "__job__":
+    gc.freeze()  # see conftest.py
     fit_and_die(**globals()["ARGUMENTS"])
 
 

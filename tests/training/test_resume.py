@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
@@ -115,6 +116,7 @@ def _log_steps(log: Path) -> None:
 
 
 if __name__ == "__job__":
+    gc.freeze()  # see conftest.py
     train(**globals()["ARGUMENTS"])
 
 
@@ -157,9 +159,10 @@ def whole(run, tmp_path_factory):
 
 
 def found(output):
-    """What there is of a run: the output, its checkpoints, anything hidden."""
+    """What there is of a run: its checkpoints, what is being saved, the output."""
+    beside = {path.name for path in output.parent.iterdir()} - {"out.steps", "out.checkpoints"}
     run = Path(f"{output}.checkpoints")
-    return {p.name for p in (*output.parent.glob("*out"), *(run.iterdir() if run.is_dir() else ()))}
+    return beside | {path.name for path in (run.iterdir() if run.is_dir() else ())}
 
 
 # Where a process is killed; the step that the next one begins with; which checkpoints it finds.

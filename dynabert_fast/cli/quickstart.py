@@ -62,7 +62,7 @@ def quickstart_options() -> FitOptions:
     from dynabert_fast.training import TrainingOptions, stages
     from dynabert_fast.training.pipeline import FitOptions
 
-    steps = {"finetune": 150, "width": 60, "depth": 40, "final": 40}
+    steps = {"finetune": 110, "width": 36, "depth": 20, "final": 20}
     return FitOptions(
         stages=stages(),
         training={

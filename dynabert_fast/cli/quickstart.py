@@ -62,7 +62,7 @@ def quickstart_options() -> FitOptions:
     from dynabert_fast.training import TrainingOptions, stages
     from dynabert_fast.training.pipeline import FitOptions
 
-    steps = {"finetune": 110, "width": 36, "depth": 20, "final": 20}
+    steps = {"finetune": 80, "width": 24, "depth": 12, "final": 12}
     return FitOptions(
         stages=stages(),
         training={

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ from dynabert_fast.models.conversion import (
 from dynabert_fast.rewiring import FILE_NAME as REWIRING_FILE
 from dynabert_fast.rewiring import Rewiring
 from dynabert_fast.subnet import Subnet
+
+if TYPE_CHECKING:
+    from dynabert_fast.engine import CpuEngine
 
 _HUB_KEYS = (
     "cache_dir",
@@ -360,6 +363,34 @@ class DynaBertPreTrainedModel(PreTrainedModel):
                 source = own[prefix + ".".join(parts) if prefix in name else name]
                 target.copy_(source[tuple(slice(0, n) for n in target.shape)])
         return model
+
+    def pack(
+        self, dtype: str = "int8", threads: int | None = None, isa: str | None = None
+    ) -> CpuEngine:
+        """A CPU engine with this model's function: one packed copy of the weights, no torch inside.
+
+        It is called like the model, and runs every sub-network from the same bytes.
+
+        Args:
+            dtype: `fp32`, `bf16` or `int8` (one scale per output column, one per token).
+            threads: Threads of a call; default all that the process may use.
+            isa: Instruction set; default the best that the processor has.
+
+        Raises:
+            InputError: An argument is unknown, or the weights cannot be quantised.
+        """
+        from dynabert_fast.engine import CpuEngine, PackedConfig, pack
+
+        state = self.state_dict()
+        labels = self.config.num_labels if "classifier.weight" in state else 0
+        prefix = f"{BASE}." if labels else ""
+
+        def weight(name: str) -> Any:
+            tensor = state[name if name.startswith("classifier.") else prefix + name]
+            return tensor.detach().float().cpu().numpy()
+
+        config = PackedConfig.of(self.config, dtype, labels)
+        return CpuEngine(config, pack(config, weight), threads, isa)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

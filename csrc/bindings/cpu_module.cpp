@@ -1,0 +1,167 @@
+// Python's view of the CPU engine: numpy arrays in and out, the GIL released while it computes.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <optional>
+
+#include "../cpu/encoder.h"
+
+namespace py = pybind11;
+using namespace dynabert;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+Shape shape_from(const py::dict& fields) {
+  auto integer = [&](const char* name) { return fields[name].cast<int>(); };
+  auto choice = [&](const char* name, std::initializer_list<const char*> names) {
+    const auto given = fields[name].cast<std::string>();
+    int index = 0;
+    for (const char* known : names) {
+      if (given == known) return index;
+      ++index;
+    }
+    throw std::invalid_argument(std::string(name) + " is unknown: " + given);
+  };
+  Shape s;
+  s.dtype = static_cast<DType>(choice("dtype", {"fp32", "bf16", "int8"}));
+  s.activation = static_cast<Activation>(choice("activation", {"", "gelu", "gelu_tanh", "relu"}));
+  s.vocabulary = integer("vocab_size");
+  s.positions = integer("max_position_embeddings");
+  s.token_types = integer("type_vocab_size");
+  s.hidden = integer("hidden_size");
+  s.head_size = integer("head_size");
+  s.labels = integer("num_labels");
+  s.first_position = integer("first_position");
+  s.padding_id = integer("padding_id");
+  s.eps = fields["layer_norm_eps"].cast<float>();
+  s.heads = fields["layer_heads"].cast<std::vector<int>>();
+  s.neurons = fields["layer_neurons"].cast<std::vector<int>>();
+  s.check();
+  return s;
+}
+
+const Kernels& find_kernels(const std::string& name) {
+  std::string names;
+  for (const Kernels* k : available_kernels()) {
+    if (name.empty() || name == k->name) return *k;
+    names += (names.empty() ? "" : ", ") + std::string(k->name);
+  }
+  throw std::invalid_argument("the instruction set must be one of " + names + " (those this processor has), got " +
+                              name);
+}
+
+/// The encoder, and the Python object whose memory it reads.
+class Engine {
+ public:
+  Engine(const py::dict& fields, py::buffer memory, int threads, const std::string& isa)
+      : memory_(memory.request()) {
+    const Shape shape = shape_from(fields);
+    if (memory_.size * memory_.itemsize != packed_bytes(shape))
+      throw std::invalid_argument("the packed weights have " + std::to_string(memory_.size * memory_.itemsize) +
+                                  " bytes, the model's shape needs " + std::to_string(packed_bytes(shape)));
+    if (reinterpret_cast<uintptr_t>(memory_.ptr) % 64)
+      throw std::invalid_argument("the packed weights must be aligned to 64 bytes");
+    encoder_ = std::make_unique<Encoder>(shape, static_cast<const char*>(memory_.ptr), threads, find_kernels(isa));
+  }
+
+  int add_subnet(std::vector<int> layers, std::vector<int> heads, std::vector<int> neurons) {
+    return encoder_->add_subnet({std::move(layers), std::move(heads), std::move(neurons)});
+  }
+
+  py::tuple run(const Array<int64_t>& ids, const std::optional<Array<uint8_t>>& mask,
+                const std::optional<Array<int64_t>>& token_types, const std::optional<Array<int64_t>>& positions,
+                const Array<int32_t>& subnets, int hidden_states, bool pooled, bool profile) {
+    if (ids.ndim() != 2) throw std::invalid_argument("input_ids must be [batch, length]");
+    const Shape& shape = encoder_->shape();
+    const int64_t sequences = ids.shape(0), length = ids.shape(1), hidden = shape.hidden;
+    auto same = [&](const char* name, const auto& array) {
+      if (array && (array->ndim() != 2 || array->shape(0) != sequences || array->shape(1) != length))
+        throw std::invalid_argument(std::string(name) + " must have the shape of input_ids");
+    };
+    same("attention_mask", mask);
+    same("token_type_ids", token_types);
+    same("position_ids", positions);
+    if (subnets.ndim() != 1 || subnets.shape(0) != sequences)
+      throw std::invalid_argument("there must be one sub-network for each sequence");
+    Batch batch{sequences,
+                length,
+                ids.data(),
+                mask ? mask->data() : nullptr,
+                token_types ? token_types->data() : nullptr,
+                positions ? positions->data() : nullptr,
+                subnets.data()};
+    Output output;
+    Array<float> logits({sequences, static_cast<int64_t>(shape.labels)}), pool({pooled ? sequences : 0, hidden});
+    if (shape.labels) output.logits = logits.mutable_data();
+    if (pooled) output.pooled = pool.mutable_data();
+    py::list states;
+    for (int i = 0; i < hidden_states; ++i) {
+      Array<float> state({sequences, length, hidden});
+      if (mask) std::fill_n(state.mutable_data(), state.size(), 0.f);
+      output.hidden.push_back(state.mutable_data());
+      states.append(std::move(state));
+    }
+    double seconds[kStages] = {};
+    if (profile) output.seconds = seconds;
+    {
+      py::gil_scoped_release release;
+      encoder_->run(batch, output);
+    }
+    py::dict stages;
+    for (int i = 0; profile && i < kStages; ++i) stages[kStageNames[i]] = seconds[i];
+    return py::make_tuple(logits, pool, states, stages);
+  }
+
+  int threads() const { return encoder_->threads(); }
+  const char* isa() const { return encoder_->kernels().name; }
+
+ private:
+  py::buffer_info memory_;  // holds the memory until the encoder is gone
+  std::unique_ptr<Encoder> encoder_;
+};
+
+/// Operations per second of one thread's register block on data in its first-level cache.
+double peak(const std::string& dtype, const std::string& isa, double seconds) {
+  const DType type = dtype == "fp32" ? DType::kF32 : dtype == "bf16" ? DType::kBf16 : DType::kS8;
+  const Kernels& kernels = find_kernels(isa);
+  py::gil_scoped_release release;
+  const auto start = std::chrono::steady_clock::now();
+  double done = 0, elapsed = 0;
+  while (elapsed < seconds) {
+    done += static_cast<double>(kernels.peak(type, 1000));
+    elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+  return done / elapsed;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The CPU engine's native part; use dynabert_fast.engine.";
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* k : available_kernels()) names.push_back(k->name);
+    return names;
+  });
+  m.def("peak", &peak, py::arg("dtype"), py::arg("isa"), py::arg("seconds") = 0.1);
+  m.def("layout", [](const py::dict& fields) {
+    py::list sections;
+    for (const Section& s : layout(shape_from(fields)))
+      sections.append(py::make_tuple(s.name, std::string(1, s.type), s.shape, s.block, s.offset, s.bytes));
+    return sections;
+  });
+  m.def("packed_bytes", [](const py::dict& fields) { return packed_bytes(shape_from(fields)); });
+  py::class_<Engine>(m, "Engine")
+      .def(py::init<const py::dict&, py::buffer, int, const std::string&>(), py::arg("shape"), py::arg("memory"),
+           py::arg("threads"), py::arg("isa"))
+      .def("add_subnet", &Engine::add_subnet)
+      .def("run", &Engine::run, py::arg("input_ids"), py::arg("mask"), py::arg("token_types"), py::arg("positions"),
+           py::arg("subnets"), py::arg("hidden_states"), py::arg("pooled"), py::arg("profile"))
+      .def_property_readonly("threads", &Engine::threads)
+      .def_property_readonly("isa", &Engine::isa);
+}

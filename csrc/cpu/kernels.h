@@ -1,0 +1,103 @@
+// The inner loops of the encoder, once for each instruction set; `kernels.inl` is their one source.
+#pragma once
+
+#include <cstdint>
+
+#include "model.h"
+
+namespace dynabert {
+
+/// Rows of A that one register block computes; 6 x 64 fills the 32 registers of AVX-512.
+constexpr int kTileRows = 6;
+
+/// Consecutive packed rows with one extent. `extent` is of columns (expand) or of K (contract).
+struct Tile {
+  int row, rows, extent;
+};
+
+/// Rows of activations as a matrix product reads them: words of 32 bits along K.
+/// int8 activations are stored as value + 128, so that VPDPBUSD takes them; zero is 128.
+struct Operand {
+  char* data = nullptr;
+  int64_t stride = 0;      // bytes
+  float* scale = nullptr;  // int8: of each row
+};
+
+struct LinearTask {
+  DType dtype;
+  const Matrix* matrix;
+  Operand input;
+  // Exactly one is set. Columns beyond an extent are written as zeros up to the panel's end.
+  float* out_f32 = nullptr;
+  uint16_t* out_bf16 = nullptr;
+  int64_t out_stride = 0;  // elements
+  Activation activation = Activation::kNone;
+};
+
+struct NormTask {
+  DType dtype;
+  const Norm* norm;
+  int hidden;
+  float eps;
+  const float* y;  // added to x, [T, stride]
+  float* x;        // in: residual; out: result
+  int64_t stride;  // elements, of x and y
+  Operand out;     // the result as the next product's operand; unused for float32
+};
+
+struct EmbedTask {
+  DType dtype;
+  const Model* model;
+  const int32_t *ids, *token_types, *positions;  // [T]
+  float* x;
+  int64_t stride;
+  Operand out;
+};
+
+struct AttentionTask {
+  bool bf16;        // type of qkv and context; float32 otherwise
+  const char* qkv;  // [T, stride]: q, k, v of head 0, then of head 1, ...
+  int64_t qkv_stride;
+  char* context;
+  int64_t context_stride;  // elements
+  int head_size;
+};
+
+/// Everything an instruction set computes. `scratch` is 64-byte aligned, `attention_scratch` bytes.
+struct Kernels {
+  const char* name;
+  /// One panel of outputs for some tiles.
+  void (*linear)(const LinearTask&, const Tile* tiles, int count, int panel);
+  /// x = LayerNorm(x + y), and the operand of it, for rows [begin, end).
+  void (*residual_norm)(const NormTask&, int begin, int end);
+  void (*embed)(const EmbedTask&, int begin, int end);
+  /// Rows of bf16 [columns] to int8 with a scale a row, zeros (128) up to `padded`.
+  void (*quantise)(const uint16_t* in, int64_t in_stride, const Operand& out, int columns, int padded,
+                   int begin, int end);
+  /// Queries [query_begin, query_end) of one head over the keys of rows [begin, end).
+  void (*attention)(const AttentionTask&, int head, int begin, int end, int query_begin, int query_end,
+                    char* scratch);
+  /// float32 rows [rows, columns] as an operand (the pooler's input).
+  void (*convert)(DType dtype, const float* in, int64_t in_stride, const Operand& out, int columns, int rows);
+  void (*tanh)(float* values, int64_t count);
+  /// Multiply-adds of a register block on data in L1, to measure the peak: returns operations done.
+  int64_t (*peak)(DType dtype, int64_t repeats);
+};
+
+/// Bytes of scratch that `attention` needs for a sequence of that length.
+int64_t attention_scratch(int length, int head_size);
+
+namespace portable { const Kernels& kernels(); }
+#if defined(__x86_64__)
+namespace avx2 { const Kernels& kernels(); }
+namespace avx512 { const Kernels& kernels(); }
+namespace avx512_bf16 { const Kernels& kernels(); }
+#elif defined(__aarch64__)
+namespace neon { const Kernels& kernels(); }
+namespace neon_bf16 { const Kernels& kernels(); }
+#endif
+
+/// The instruction sets that this processor has, best first.
+std::vector<const Kernels*> available_kernels();
+
+}  // namespace dynabert

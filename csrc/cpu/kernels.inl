@@ -1,0 +1,603 @@
+// The kernels of one instruction set. A file that includes this defines ISA (its namespace), kLanes
+// (floats in a vector) and kTileVectors (vectors of columns in a register block), and is compiled with
+// that set's flags. Nothing outside the namespace is instantiated here, so that the linker can never
+// put this set's code where another processor would run it.
+
+namespace dynabert {
+namespace ISA {
+namespace {
+
+#include "simd.h"
+
+constexpr int kPanelVectors = kPanelColumns / kLanes;
+
+// ---- inner products: one 32-bit word of A times one of B, for each column ----
+
+struct DotF32 {
+  typedef F32 Acc;
+  typedef F32 Word;
+  INLINE Word spread(const char* a) { return broadcast(load<float>(a)); }
+  INLINE Acc step(Acc acc, Word a, U32 b) { return acc + a * bits<F32>(b); }
+};
+
+struct DotBf16 {
+  typedef F32 Acc;
+#if defined(__AVX512BF16__)
+  typedef U32 Word;
+  INLINE Word spread(const char* a) { return broadcast_word(a); }
+  INLINE Acc step(Acc acc, Word a, U32 b) {
+    return _mm512_dpbf16_ps(acc, bits<__m512bh>(a), bits<__m512bh>(b));
+  }
+#else
+  struct Word {
+    F32 low, high;
+  };
+  INLINE Word spread(const char* a) {
+    const uint32_t w = load<uint32_t>(a);
+    return {broadcast(bits<float>(w << 16)), broadcast(bits<float>(w & 0xffff0000u))};
+  }
+  INLINE Acc step(Acc acc, Word a, U32 b) {
+    acc = acc + a.low * bits<F32>(b << 16);
+    return acc + a.high * bits<F32>(b & 0xffff0000u);
+  }
+#endif
+};
+
+// A is unsigned (value + 128), B signed; the sum is exact in 32 bits for K up to 2^16.
+struct DotS8 {
+  typedef I32 Acc;
+#if defined(__AVX512VNNI__)
+  typedef U32 Word;
+  INLINE Word spread(const char* a) { return broadcast_word(a); }
+  INLINE Acc step(Acc acc, Word a, U32 b) {
+    return bits<I32>(_mm512_dpbusd_epi32(bits<__m512i>(acc), bits<__m512i>(a), bits<__m512i>(b)));
+  }
+#elif defined(__AVX2__)
+  // VPMADDUBSW would saturate. Even and odd bytes as 16-bit numbers are multiplied exactly.
+  struct Word {
+    U32 even, odd;
+  };
+  INLINE Word spread(const char* a) {
+    const uint32_t w = load<uint32_t>(a);
+    return {(w & 0x00ff00ffu) | U32{}, (w >> 8 & 0x00ff00ffu) | U32{}};
+  }
+  INLINE Acc step(Acc acc, Word a, U32 b) {
+#if defined(__AVX512BW__)
+    const __m512i odd = _mm512_srai_epi16(bits<__m512i>(b), 8);
+    const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(bits<__m512i>(b), 8), 8);
+    return acc + bits<I32>(_mm512_madd_epi16(bits<__m512i>(a.even), even)) +
+           bits<I32>(_mm512_madd_epi16(bits<__m512i>(a.odd), odd));
+#else
+    const __m256i odd = _mm256_srai_epi16(bits<__m256i>(b), 8);
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(bits<__m256i>(b), 8), 8);
+    return acc + bits<I32>(_mm256_madd_epi16(bits<__m256i>(a.even), even)) +
+           bits<I32>(_mm256_madd_epi16(bits<__m256i>(a.odd), odd));
+#endif
+  }
+#else
+  struct Word {
+    int32_t v[4];
+  };
+  INLINE Word spread(const char* a) {
+    const uint8_t* u = reinterpret_cast<const uint8_t*>(a);
+    return {{u[0], u[1], u[2], u[3]}};
+  }
+  INLINE Acc step(Acc acc, Word a, U32 b) {
+    const I32 s = bits<I32>(b);
+    acc = acc + a.v[0] * ((s << 24) >> 24) + a.v[1] * ((s << 16) >> 24);
+    return acc + a.v[2] * ((s << 8) >> 24) + a.v[3] * (s >> 24);
+  }
+#endif
+};
+
+// ---- the register block ----
+
+// out[MR][NV vectors, rows 64 words apart] = A[MR, words] x B[words, NV vectors]. Every output sums its
+// K terms in one order, whatever MR and NV are: a result does not depend on its neighbours.
+template <class Dot, int MR, int NV>
+INLINE void block(const char* a, int64_t stride, const char* b, int words, typename Dot::Acc* out) {
+  typename Dot::Acc acc[MR][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[r][v] = typename Dot::Acc{};
+  for (int w = 0; w < words; ++w) {
+    U32 column[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v)
+      column[v] = load<U32>(b + w * int64_t{kPanelRowBytes} + v * int64_t{sizeof(U32)});
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const typename Dot::Word word = Dot::spread(a + r * stride + w * int64_t{kWordBytes});
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[r][v] = Dot::step(acc[r][v], word, column[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(out + r * kPanelVectors + v, acc[r][v]);
+}
+
+template <class Dot, int NV>
+INLINE void block_rows(int rows, const char* a, int64_t stride, const char* b, int words,
+                       typename Dot::Acc* out) {
+  switch (rows) {
+    case 1: return block<Dot, 1, NV>(a, stride, b, words, out);
+    case 2: return block<Dot, 2, NV>(a, stride, b, words, out);
+    case 3: return block<Dot, 3, NV>(a, stride, b, words, out);
+    case 4: return block<Dot, 4, NV>(a, stride, b, words, out);
+    case 5: return block<Dot, 5, NV>(a, stride, b, words, out);
+    default: return block<Dot, 6, NV>(a, stride, b, words, out);
+  }
+}
+
+/// The first `columns` columns of a panel (more may be computed), for up to 6 rows.
+template <class Dot>
+__attribute__((noinline)) void multiply(int rows, const char* a, int64_t stride, const char* b, int words,
+                                        int columns, typename Dot::Acc* out) {
+  const int vectors = (columns + kLanes - 1) / kLanes;
+  int v = 0;
+  for (; vectors - v > kTileVectors / 2; v += kTileVectors)
+    block_rows<Dot, kTileVectors>(rows, a, stride, b + v * int64_t{sizeof(U32)}, words, out + v);
+  if (v < vectors)
+    block_rows<Dot, kTileVectors / 2>(rows, a, stride, b + v * int64_t{sizeof(U32)}, words, out + v);
+}
+
+// ---- activations ----
+
+/// max(x, 0) - |x| Q(|x|), where Q is the normal tail: the second term is a polynomial in |x| fitted on
+/// [0, c] for the least largest error, and nothing beyond. Errors below 1.5e-5 and 6e-7.
+template <bool precise>
+INLINE F32 gelu(F32 x) {
+  constexpr float c = precise ? 5.5f : 4.5f;
+  const F32 s = min(abs(x), broadcast(c)) * (2 / c) - 1.f;
+  constexpr float low[] = {0.0274971332f,  -0.133039504f, 0.246592388f, -0.147215813f,
+                           -0.202968270f,  0.434781402f,  -0.204907268f, -0.176315054f,
+                           0.176380441f,   0.0217825044f, -0.0425867960f};
+  constexpr float high[] = {0.00819438044f, -0.0605777502f, 0.191261902f,   -0.308689773f,  0.178981051f,
+                            0.260516167f,   -0.628607810f,  0.459222764f,   0.152560651f,   -0.544098735f,
+                            0.269596308f,   0.230840668f,   -0.253705531f,  -0.0364080369f, 0.0968959481f,
+                            -0.000805350312f, -0.0151768196f};
+  F32 p = broadcast(precise ? high[16] : low[10]);
+#pragma GCC unroll 16
+  for (int i = precise ? 15 : 9; i >= 0; --i) p = p * s + (precise ? high[i] : low[i]);
+  return max(x, F32{}) - p;
+}
+
+INLINE F32 gelu_tanh(F32 x) {
+  const F32 u = x * (x * x * 0.044715f + 1.f) * 1.5957691216f;  // 2 sqrt(2 / pi)
+  return x / (exp(-u) + 1.f);
+}
+
+template <bool precise>
+INLINE F32 activate(F32 x, Activation activation) {
+  switch (activation) {
+    case Activation::kGelu: return gelu<precise>(x);
+    case Activation::kGeluTanh: return gelu_tanh(x);
+    case Activation::kRelu: return max(x, F32{});
+    default: return x;
+  }
+}
+
+// ---- linear maps ----
+
+INLINE int words_of(DType dtype, const Matrix& m, int rows) {
+  const int group = group_of(dtype);
+  const int padded = static_cast<int>(round_up(m.rows, group));
+  // int8 reads whole blocks, whose sums are known; the input holds zeros there.
+  const int step = dtype == DType::kS8 && m.contracts ? m.block : group;
+  const int used = static_cast<int>(round_up(rows, step));
+  return (used < padded ? used : padded) / group;
+}
+
+template <DType dtype> struct DotOf { typedef DotF32 type; };
+template <> struct DotOf<DType::kBf16> { typedef DotBf16 type; };
+template <> struct DotOf<DType::kS8> { typedef DotS8 type; };
+
+/// Bias, scales, activation and store of one row of a panel.
+template <DType dtype, Activation activation>
+INLINE void finish(const LinearTask& task, const typename DotOf<dtype>::type::Acc* acc, int row, int column,
+                   int active, const int32_t* compensation) {
+  const Matrix& m = *task.matrix;
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const int at = column + v * kLanes;
+    F32 value{};
+    if (v * kLanes < active) {
+      if constexpr (dtype == DType::kS8)
+        value = to_float(acc[v] - load<I32>(compensation + at)) *
+                    (load<F32>(m.scale + at) * task.input.scale[row]) + load<F32>(m.bias + at);
+      else
+        value = acc[v] + load<F32>(m.bias + at);
+      value = activate<dtype == DType::kF32>(value, activation);
+      if ((v + 1) * kLanes > active) {  // the rest of the vector is beyond the extent
+        float lanes[kLanes];
+        store(lanes, value);
+        for (int i = active - v * kLanes; i < kLanes; ++i) lanes[i] = 0;
+        value = load<F32>(lanes);
+      }
+    }
+    if (task.out_f32)
+      store(task.out_f32 + row * task.out_stride + at, value);
+    else
+      store(task.out_bf16 + row * task.out_stride + at, to_bf16(value));
+  }
+}
+
+template <DType dtype, Activation activation>
+void linear_panel(const LinearTask& task, const Tile* tiles, int count, int panel) {
+  typedef typename DotOf<dtype>::type Dot;
+  const Matrix& m = *task.matrix;
+  const char* b = m.panels + panel * m.panel_bytes;
+  const int column = panel * kPanelColumns;
+  typename Dot::Acc acc[kTileRows * kPanelVectors];
+  for (int t = 0; t < count; ++t) {
+    const Tile& tile = tiles[t];
+    const int columns = m.contracts ? m.columns : tile.extent;
+    if (columns <= column) continue;
+    const int active = columns - column < kPanelColumns ? columns - column : kPanelColumns;
+    const int rows = m.contracts ? tile.extent : m.rows;
+    const int words = words_of(dtype, m, rows);
+    const int32_t* compensation = nullptr;
+    if constexpr (dtype == DType::kS8)
+      compensation = m.compensation + (rows + m.block - 1) / m.block * int64_t{m.padded_columns()} -
+                     m.padded_columns();
+    multiply<Dot>(tile.rows, task.input.data + tile.row * task.input.stride, task.input.stride, b, words,
+                  active, acc);
+    for (int r = 0; r < tile.rows; ++r)
+      finish<dtype, activation>(task, acc + r * kPanelVectors, tile.row + r, column, active, compensation);
+  }
+}
+
+template <DType dtype>
+void linear_of(const LinearTask& task, const Tile* tiles, int count, int panel) {
+  switch (task.activation) {
+    case Activation::kNone: return linear_panel<dtype, Activation::kNone>(task, tiles, count, panel);
+    case Activation::kGelu: return linear_panel<dtype, Activation::kGelu>(task, tiles, count, panel);
+    case Activation::kGeluTanh: return linear_panel<dtype, Activation::kGeluTanh>(task, tiles, count, panel);
+    case Activation::kRelu: return linear_panel<dtype, Activation::kRelu>(task, tiles, count, panel);
+  }
+}
+
+void linear(const LinearTask& task, const Tile* tiles, int count, int panel) {
+  switch (task.dtype) {
+    case DType::kF32: return linear_of<DType::kF32>(task, tiles, count, panel);
+    case DType::kBf16: return linear_of<DType::kBf16>(task, tiles, count, panel);
+    case DType::kS8: return linear_of<DType::kS8>(task, tiles, count, panel);
+  }
+}
+
+// ---- rows: LayerNorm, quantisation, embeddings ----
+
+/// Row of floats to int8 + 128 with one scale; 128 (zero) from `columns` up to `padded`.
+INLINE void quantise_row(const float* in, const Operand& out, int row, int columns, int padded) {
+  F32 most{};
+  int i = 0;
+  for (; i + kLanes <= columns; i += kLanes) most = max(most, abs(load<F32>(in + i)));
+  float top = maximum(most);
+  for (int j = i; j < columns; ++j) {
+    const float v = __builtin_fabsf(in[j]);
+    top = top > v ? top : v;
+  }
+  if (!(top <= 3.0e38f)) top = __builtin_nanf("");  // not finite: so is everything that it scales
+  const float scale = top / 127.f;
+  const float inverse = top > 0 ? 127.f / top : 0.f;
+  out.scale[row] = scale;
+  uint8_t* to = reinterpret_cast<uint8_t*>(out.data + row * out.stride);
+  for (i = 0; i + kLanes <= columns; i += kLanes)
+    store(to + i, __builtin_convertvector(round_to_int(load<F32>(in + i) * inverse) + 128, U8));
+  for (; i < columns; ++i) {
+    const float shifted = in[i] * inverse + 12582912.f;
+    to[i] = static_cast<uint8_t>(bits<int32_t>(shifted) - 0x4b400000 + 128);
+  }
+  for (; i < padded; ++i) to[i] = 128;
+}
+
+/// A row of floats as the operand of a product over `columns` values.
+INLINE void operand_row(DType dtype, const float* in, const Operand& out, int row, int columns) {
+  const int padded = static_cast<int>(round_up(columns, kLanes > 4 ? kLanes : 4));
+  if (dtype == DType::kS8) return quantise_row(in, out, row, columns, padded);
+  char* to = out.data + row * out.stride;
+  int i = 0;
+  if (dtype == DType::kBf16) {
+    for (; i + kLanes <= columns; i += kLanes) store(to + 2 * i, to_bf16(load<F32>(in + i)));
+    for (; i < padded; ++i) store(to + 2 * i, i < columns ? to_bf16(in[i]) : uint16_t{0});
+  } else {
+    for (; i < padded; ++i) store(to + 4 * i, i < columns ? in[i] : 0.f);
+  }
+}
+
+/// x = LayerNorm(x) over `columns` values, in two passes (the variance is of the differences).
+INLINE void normalise(float* x, int columns, const Norm& norm, float eps) {
+  F32 total{};
+  int i = 0;
+  for (; i + kLanes <= columns; i += kLanes) total = total + load<F32>(x + i);
+  float mean = sum(total);
+  for (int j = i; j < columns; ++j) mean += x[j];
+  mean /= columns;
+  F32 squares{};
+  for (i = 0; i + kLanes <= columns; i += kLanes) {
+    const F32 d = load<F32>(x + i) - mean;
+    squares = squares + d * d;
+  }
+  float variance = sum(squares);
+  for (int j = i; j < columns; ++j) variance += (x[j] - mean) * (x[j] - mean);
+  const float inverse = 1.f / __builtin_sqrtf(variance / columns + eps);
+  for (i = 0; i + kLanes <= columns; i += kLanes)
+    store(x + i, (load<F32>(x + i) - mean) * inverse * load<F32>(norm.weight + i) + load<F32>(norm.bias + i));
+  for (; i < columns; ++i) x[i] = (x[i] - mean) * inverse * norm.weight[i] + norm.bias[i];
+}
+
+void residual_norm(const NormTask& task, int begin, int end) {
+  for (int row = begin; row < end; ++row) {
+    float* x = task.x + row * task.stride;
+    const float* y = task.y + row * task.stride;
+    int i = 0;
+    for (; i + kLanes <= task.hidden; i += kLanes) store(x + i, load<F32>(x + i) + load<F32>(y + i));
+    for (; i < task.hidden; ++i) x[i] += y[i];
+    normalise(x, task.hidden, *task.norm, task.eps);
+    if (task.dtype != DType::kF32) operand_row(task.dtype, x, task.out, row, task.hidden);
+  }
+}
+
+INLINE void add_row(DType dtype, const Table& table, int64_t row, float* x, int columns) {
+  int i = 0;
+  if (dtype == DType::kF32) {
+    const float* from = reinterpret_cast<const float*>(table.data) + row * columns;
+    for (; i + kLanes <= columns; i += kLanes) store(x + i, load<F32>(x + i) + load<F32>(from + i));
+    for (; i < columns; ++i) x[i] += from[i];
+  } else if (dtype == DType::kBf16) {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(table.data) + row * columns;
+    for (; i + kLanes <= columns; i += kLanes)
+      store(x + i, load<F32>(x + i) + from_bf16(load<U16>(from + i)));
+    for (; i < columns; ++i) x[i] += from_bf16(from[i]);
+  } else {
+    const int8_t* from = reinterpret_cast<const int8_t*>(table.data) + row * columns;
+    const float scale = table.scale[row];
+    for (; i + kLanes <= columns; i += kLanes)
+      store(x + i, load<F32>(x + i) + __builtin_convertvector(load<S8>(from + i), F32) * scale);
+    for (; i < columns; ++i) x[i] += from[i] * scale;
+  }
+}
+
+void embed(const EmbedTask& task, int begin, int end) {
+  const Model& m = *task.model;
+  const int hidden = m.shape.hidden;
+  for (int row = begin; row < end; ++row) {
+    float* x = task.x + row * task.stride;
+    __builtin_memset(x, 0, sizeof(float) * hidden);
+    add_row(task.dtype, m.word, task.ids[row], x, hidden);
+    add_row(task.dtype, m.token_type, task.token_types[row], x, hidden);
+    add_row(task.dtype, m.position, task.positions[row], x, hidden);
+    normalise(x, hidden, m.embedding_norm, m.shape.eps);
+    if (task.dtype != DType::kF32) operand_row(task.dtype, x, task.out, row, hidden);
+  }
+}
+
+void quantise(const uint16_t* in, int64_t in_stride, const Operand& out, int columns, int padded, int begin,
+              int end) {
+  for (int row = begin; row < end; ++row) {
+    const uint16_t* from = in + row * in_stride;
+    uint8_t* to = reinterpret_cast<uint8_t*>(out.data + row * out.stride);
+    F32 most{};
+    int i = 0;
+    for (; i + kLanes <= columns; i += kLanes) most = max(most, abs(from_bf16(load<U16>(from + i))));
+    float top = maximum(most);
+    for (int j = i; j < columns; ++j) {
+      const float v = __builtin_fabsf(from_bf16(from[j]));
+      top = top > v ? top : v;
+    }
+    if (!(top <= 3.0e38f)) top = __builtin_nanf("");
+    out.scale[row] = top / 127.f;
+    const float inverse = top > 0 ? 127.f / top : 0.f;
+    for (i = 0; i + kLanes <= columns; i += kLanes)
+      store(to + i,
+            __builtin_convertvector(round_to_int(from_bf16(load<U16>(from + i)) * inverse) + 128, U8));
+    for (; i < columns; ++i) {
+      const float shifted = from_bf16(from[i]) * inverse + 12582912.f;
+      to[i] = static_cast<uint8_t>(bits<int32_t>(shifted) - 0x4b400000 + 128);
+    }
+    for (; i < padded; ++i) to[i] = 128;
+  }
+}
+
+void convert(DType dtype, const float* in, int64_t in_stride, const Operand& out, int columns, int rows) {
+  for (int row = 0; row < rows; ++row) operand_row(dtype, in + row * in_stride, out, row, columns);
+}
+
+void hyperbolic_tangent(float* values, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {  // the buffer is padded to whole vectors
+    const F32 a = abs(load<F32>(values + i));
+    const F32 e = exp(a * -2.f);
+    const U32 sign = bits<U32>(load<F32>(values + i)) & 0x80000000u;
+    store(values + i, bits<F32>(bits<U32>((1.f - e) / (e + 1.f)) | sign));
+  }
+}
+
+// ---- attention of one head of one sequence ----
+
+/// K, given as rows of words, as panels: panel p, word j, column c = word j of key 64 p + c.
+INLINE void pack_keys(const char* k, int64_t stride, int keys, int size, int element, char* to) {
+  const int words = (size * element + kWordBytes - 1) / kWordBytes;
+  const int last_bytes = size * element - (words - 1) * kWordBytes;
+  for (int p = 0; p * kPanelColumns < keys; ++p) {
+    char* panel = to + static_cast<int64_t>(p) * words * kPanelRowBytes;
+    const int columns = keys - p * kPanelColumns < kPanelColumns ? keys - p * kPanelColumns : kPanelColumns;
+    if (columns < kPanelColumns) __builtin_memset(panel, 0, static_cast<int64_t>(words) * kPanelRowBytes);
+    for (int c = 0; c < columns; ++c) {
+      const char* from = k + (p * int64_t{kPanelColumns} + c) * stride;
+      for (int j = 0; j < words - 1; ++j)
+        store(panel + j * int64_t{kPanelRowBytes} + c * kWordBytes, load<uint32_t>(from + j * kWordBytes));
+      uint32_t word = 0;
+      __builtin_memcpy(&word, from + (words - 1) * kWordBytes, last_bytes);
+      store(panel + (words - 1) * int64_t{kPanelRowBytes} + c * kWordBytes, word);
+    }
+  }
+}
+
+/// V as panels over its columns: panel p, word j, column c = V[group * j + .., 64 p + c].
+template <bool bf16>
+INLINE void pack_values(const char* v, int64_t stride, int keys, int size, char* to) {
+  constexpr int group = bf16 ? 2 : 1;
+  const int words = (keys + group - 1) / group;
+  for (int p = 0; p * kPanelColumns < size; ++p) {
+    const int columns = size - p * kPanelColumns < kPanelColumns ? size - p * kPanelColumns : kPanelColumns;
+    for (int j = 0; j < words; ++j) {
+      char* row = to + (static_cast<int64_t>(p) * words + j) * kPanelRowBytes;
+      const char* from = v + j * group * stride + p * int64_t{kPanelColumns} * (bf16 ? 2 : 4);
+      const bool pair = bf16 && j * group + 1 < keys;
+      int c = 0;
+      for (; c + kLanes <= columns; c += kLanes) {
+        U32 word;
+        if constexpr (bf16) {
+          word = __builtin_convertvector(load<U16>(from + 2 * c), U32);
+          if (pair) word = word | __builtin_convertvector(load<U16>(from + stride + 2 * c), U32) << 16;
+        } else {
+          word = load<U32>(from + 4 * c);
+        }
+        store(row + c * kWordBytes, word);
+      }
+      for (; c < kPanelColumns; ++c) {
+        uint32_t word = 0;
+        if (c < columns) {
+          __builtin_memcpy(&word, from + c * (bf16 ? 2 : 4), bf16 ? 2 : 4);
+          if (pair) word |= static_cast<uint32_t>(load<uint16_t>(from + stride + 2 * c)) << 16;
+        }
+        store(row + c * kWordBytes, word);
+      }
+    }
+  }
+}
+
+/// Scores of one query to probabilities, not yet divided by the sum, which it returns.
+template <bool bf16>
+INLINE float soften(float* scores, char* out, int keys, int padded, float scale) {
+  for (int i = keys; i < padded; ++i) scores[i] = -3.0e38f;
+  F32 most = broadcast(-3.0e38f);
+  for (int i = 0; i < padded; i += kLanes) most = max(most, load<F32>(scores + i));
+  const float top = maximum(most) * scale;
+  F32 total{};
+  for (int i = 0; i < padded; i += kLanes) {
+    F32 e = exp(load<F32>(scores + i) * scale - top);
+    if (i + kLanes > keys) {  // exp does not reach 0
+      float lanes[kLanes];
+      store(lanes, e);
+      for (int j = keys > i ? keys - i : 0; j < kLanes; ++j) lanes[j] = 0;
+      e = load<F32>(lanes);
+    }
+    if constexpr (bf16) {
+      const U16 narrow = to_bf16(e);
+      store(out + 2 * i, narrow);
+      total = total + from_bf16(narrow);  // of what is multiplied, so that the weights sum to 1
+    } else {
+      store(out + 4 * i, e);
+      total = total + e;
+    }
+  }
+  return sum(total);
+}
+
+template <bool bf16>
+void attend(const AttentionTask& task, int head, int begin, int end, int query_begin, int query_end,
+            char* scratch) {
+  typedef typename DotOf<bf16 ? DType::kBf16 : DType::kF32>::type Dot;
+  constexpr int element = bf16 ? 2 : 4, group = bf16 ? 2 : 1;
+  const int d = task.head_size, keys = end - begin;
+  const int key_panels = (keys + kPanelColumns - 1) / kPanelColumns;
+  const int padded = key_panels * kPanelColumns;
+  const int head_words = (d + group - 1) / group, key_words = (keys + group - 1) / group;
+  const int value_panels = (d + kPanelColumns - 1) / kPanelColumns;
+  const int64_t stride = task.qkv_stride * element;
+  const char* qkv = task.qkv + begin * stride + int64_t{head} * 3 * d * element;
+  char* k_panels = scratch;
+  char* v_panels = k_panels + static_cast<int64_t>(key_panels) * head_words * kPanelRowBytes;
+  float* scores = reinterpret_cast<float*>(v_panels + static_cast<int64_t>(value_panels) * key_words * kPanelRowBytes);
+  char* weights = reinterpret_cast<char*>(scores + kTileRows * padded);
+  char* query = weights + kTileRows * padded * element;
+  pack_keys(qkv + d * element, stride, keys, d, element, k_panels);
+  pack_values<bf16>(qkv + 2 * d * element, stride, keys, d, v_panels);
+  const float scale = 1.f / __builtin_sqrtf(static_cast<float>(d));
+  typename Dot::Acc acc[kTileRows * kPanelVectors];
+  for (int q = query_begin; q < query_end; q += kTileRows) {
+    const int rows = query_end - q < kTileRows ? query_end - q : kTileRows;
+    const char* from = qkv + q * stride;
+    int64_t from_stride = stride;
+    if (d % group) {  // the last word of a query would reach into its key
+      from_stride = head_words * int64_t{kWordBytes};
+      __builtin_memset(query, 0, rows * from_stride);
+      for (int r = 0; r < rows; ++r) __builtin_memcpy(query + r * from_stride, from + r * stride, d * element);
+      from = query;
+    }
+    for (int p = 0; p < key_panels; ++p) {
+      const int columns = keys - p * kPanelColumns < kPanelColumns ? keys - p * kPanelColumns : kPanelColumns;
+      multiply<Dot>(rows, from, from_stride, k_panels + static_cast<int64_t>(p) * head_words * kPanelRowBytes,
+                    head_words, columns, acc);
+      for (int r = 0; r < rows; ++r)
+        __builtin_memcpy(scores + r * padded + p * kPanelColumns, acc + r * kPanelVectors, 4 * columns);
+    }
+    float inverse[kTileRows];
+    for (int r = 0; r < rows; ++r)
+      inverse[r] = 1.f / soften<bf16>(scores + r * padded, weights + r * padded * int64_t{element}, keys, padded,
+                                      scale);
+    for (int p = 0; p < value_panels; ++p) {
+      const int columns = d - p * kPanelColumns < kPanelColumns ? d - p * kPanelColumns : kPanelColumns;
+      multiply<Dot>(rows, weights, padded * int64_t{element},
+                    v_panels + static_cast<int64_t>(p) * key_words * kPanelRowBytes, key_words, columns, acc);
+      for (int r = 0; r < rows; ++r) {
+        char* to = task.context + ((begin + q + r) * task.context_stride + head * int64_t{d} +
+                                   p * kPanelColumns) * element;
+        const float* value = reinterpret_cast<const float*>(acc + r * kPanelVectors);
+        int c = 0;
+        for (; c + kLanes <= columns; c += kLanes) {
+          const F32 out = load<F32>(value + c) * inverse[r];
+          if constexpr (bf16) store(to + 2 * c, to_bf16(out));
+          else store(to + 4 * c, out);
+        }
+        for (; c < columns; ++c) {
+          if constexpr (bf16) store(to + 2 * c, to_bf16(value[c] * inverse[r]));
+          else store(to + 4 * c, value[c] * inverse[r]);
+        }
+      }
+    }
+  }
+}
+
+void attention(const AttentionTask& task, int head, int begin, int end, int query_begin, int query_end,
+               char* scratch) {
+  if (task.bf16) attend<true>(task, head, begin, end, query_begin, query_end, scratch);
+  else attend<false>(task, head, begin, end, query_begin, query_end, scratch);
+}
+
+// ---- the peak of the register block ----
+
+template <class Dot>
+int64_t peak_of(int64_t repeats, int group) {
+  constexpr int words = 48;  // B: 12 KiB, A: 1 KiB: both in L1
+  alignas(64) static const char a[kTileRows * words * kWordBytes] = {};
+  alignas(64) static const char b[words * kPanelRowBytes] = {};
+  typename Dot::Acc acc[kTileRows * kPanelVectors];
+  for (int64_t i = 0; i < repeats; ++i) {
+    multiply<Dot>(kTileRows, a, words * kWordBytes, b, words, kPanelColumns, acc);
+    __asm__ volatile("" : : "r"(acc) : "memory");
+  }
+  return repeats * 2 * kTileRows * kPanelColumns * words * group;
+}
+
+int64_t peak(DType dtype, int64_t repeats) {
+  switch (dtype) {
+    case DType::kF32: return peak_of<DotF32>(repeats, 1);
+    case DType::kBf16: return peak_of<DotBf16>(repeats, 2);
+    default: return peak_of<DotS8>(repeats, 4);
+  }
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels table = {ISA_NAME, linear,    residual_norm, embed,
+                                quantise, attention, convert,       hyperbolic_tangent, peak};
+  return table;
+}
+
+}  // namespace ISA
+}  // namespace dynabert

@@ -1,0 +1,111 @@
+// Vectors in the compiler's own vector types: arithmetic is plain C++ on every instruction set, and
+// only what has no operator (inner products, bf16) is written per set. Included by kernels.inl alone,
+// inside the namespace of one instruction set: nothing here may be shared between two of them.
+
+typedef float F32 __attribute__((vector_size(kLanes * 4)));
+typedef int32_t I32 __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t U32 __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t U16 __attribute__((vector_size(kLanes * 2)));
+typedef int8_t S8 __attribute__((vector_size(kLanes)));
+typedef uint8_t U8 __attribute__((vector_size(kLanes)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+template <class V>
+INLINE V load(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+INLINE void store(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class To, class From>
+INLINE To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  __builtin_memcpy(&to, &v, sizeof to);
+  return to;
+}
+
+INLINE F32 broadcast(float v) { return v - F32{}; }  // v - 0 keeps -0 and is one broadcast
+INLINE U32 broadcast_word(const char* p) { return load<uint32_t>(p) | U32{}; }
+
+#if defined(__AVX512F__)
+INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+#elif defined(__AVX2__)
+INLINE F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+INLINE F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
+#else
+INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
+INLINE F32 min(F32 a, F32 b) { return a < b ? a : b; }
+#endif
+
+INLINE F32 abs(F32 a) { return bits<F32>(bits<U32>(a) & 0x7fffffffu); }
+
+/// Nearest integers (ties to even) of values below 2^22 in magnitude.
+INLINE I32 round_to_int(F32 a) {
+  const float magic = 12582912.f;  // 1.5 * 2^23: the sum's low mantissa bits are the integer
+  return bits<I32>(a + magic) - bits<int32_t>(magic);
+}
+
+INLINE F32 to_float(I32 a) { return __builtin_convertvector(a, F32); }
+
+/// bf16 of a float, rounded to nearest even; NaN stays NaN.
+INLINE uint16_t to_bf16(float value) {
+  const uint32_t u = bits<uint32_t>(value);
+  if (value != value) return 0x7fc0;
+  return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+INLINE U16 to_bf16(F32 a) {
+#if defined(__AVX512BF16__)
+  return bits<U16>(_mm512_cvtneps_pbh(a));
+#else
+  const U32 u = bits<U32>(a);
+  const U32 rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  return __builtin_convertvector(a == a ? rounded : (U32{} | 0x7fc0u), U16);
+#endif
+}
+
+INLINE F32 from_bf16(U16 a) { return bits<F32>(__builtin_convertvector(a, U32) << 16); }
+INLINE float from_bf16(uint16_t a) { return bits<float>(static_cast<uint32_t>(a) << 16); }
+
+/// Sums and maxima of all lanes, in a fixed order.
+INLINE float sum(F32 a) {
+  float v[kLanes];
+  store(v, a);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) v[i] += v[i + n];
+  return v[0];
+}
+
+INLINE float maximum(F32 a) {
+  float v[kLanes];
+  store(v, a);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) v[i] = v[i] > v[i + n] ? v[i] : v[i + n];
+  return v[0];
+}
+
+/// e^a to 2 ulp. Below -87 it is 0 or a denormal's neighbour; above 88 it is infinite.
+INLINE F32 exp(F32 a) {
+  const F32 x = max(min(a, broadcast(88.8f)), broadcast(-87.3f)) * 1.44269504f;
+  const I32 n = round_to_int(x);
+  const F32 f = x - to_float(n);  // [-0.5, 0.5]
+  // 2^f; Taylor's coefficients ln(2)^k / k!: the remainder is below 1.2e-7 at 0.5
+  F32 p = broadcast(1.54035304e-4f);
+  p = p * f + 1.33335581e-3f;
+  p = p * f + 9.61812911e-3f;
+  p = p * f + 5.55041087e-2f;
+  p = p * f + 2.40226507e-1f;
+  p = p * f + 6.93147181e-1f;
+  p = p * f + 1.f;
+  // Two factors: 2^n itself may be out of range where the product is not.
+  const I32 half = n >> 1;
+  return p * bits<F32>((half + 127) << 23) * bits<F32>((n - half + 127) << 23);
+}

@@ -248,23 +248,27 @@ class Encoder::Pass {
     if (static_cast<int>(w_.scratch.size()) < e_.team_.size())
       w_.scratch = std::vector<Buffer>(e_.team_.size());
     for (Buffer& b : w_.scratch) b.reserve(attention_scratch(longest_, shape_.head_size));
-    // One counter for each phase that any layer may have, and a few around the layers.
-    counters_ = std::vector<std::atomic<int>>(shape_.layers() * 9 + 8);
+    // For each thread and each phase: at most 10 in a layer, and a few around the layers.
+    counters_ = std::vector<std::atomic<int>>((shape_.layers() * 10 + 8) * e_.team_.size());
   }
 
   // ---- phases ----
 
-  /// Deals `count` units out to the threads and waits for all: a phase.
+  /// Deals `count` units out to the threads and waits for all: a phase. Each thread has a stretch of
+  /// its own, in order, so that it knows what comes next; then it helps the others with theirs.
   template <class Work>
   void phase(int thread, int& number, Stage stage, int count, Work&& work) {
     const auto start = std::chrono::steady_clock::now();
-    if (e_.team_.size() == 1) {
-      for (int unit = 0; unit < count; ++unit) work(unit);
-    } else {
-      auto& counter = counters_[number++];
-      for (int unit; (unit = counter.fetch_add(1, std::memory_order_relaxed)) < count;) work(unit);
-      e_.team_.barrier();
+    const int threads = e_.team_.size();
+    auto* counters = counters_.data() + int64_t{number++} * threads;
+    for (int i = 0; i < threads; ++i) {
+      const int owner = (thread + i) % threads;
+      const int begin = static_cast<int>(int64_t{count} * owner / threads);
+      const int end = static_cast<int>(int64_t{count} * (owner + 1) / threads);
+      for (int unit; (unit = begin + counters[owner].fetch_add(1, std::memory_order_relaxed)) < end;)
+        work(unit, unit + 1 < end);
     }
+    e_.team_.barrier();
     if (thread == 0 && out_.seconds)
       out_.seconds[stage] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
@@ -273,7 +277,7 @@ class Encoder::Pass {
   void rows_phase(int thread, int& number, Stage stage, const std::vector<Tile>& tiles, Work&& work) {
     const int step = (kRowsPerUnit + kTileRows - 1) / kTileRows;
     const int count = static_cast<int>(tiles.size() + step - 1) / step;
-    phase(thread, number, stage, count, [&](int unit) {
+    phase(thread, number, stage, count, [&](int unit, bool) {
       const int last = std::min<int>((unit + 1) * step, static_cast<int>(tiles.size()));
       for (int t = unit * step; t < last; ++t) work(tiles[t]);
     });
@@ -292,11 +296,12 @@ class Encoder::Pass {
     int chunks = (count * kTileRows + kChunkRows - 1) / kChunkRows;
     const int wanted = (kUnitsPerThread * e_.team_.size() + panels - 1) / panels;
     chunks = std::min(std::max(chunks, e_.team_.size() > 1 ? wanted : 1), count);
-    phase(thread, number, stage, chunks * panels, [&](int unit) {
+    phase(thread, number, stage, chunks * panels, [&](int unit, bool more) {
       const int chunk = unit / panels, panel = unit % panels;
       const int begin = static_cast<int>(int64_t{count} * chunk / chunks);
       const int end = static_cast<int>(int64_t{count} * (chunk + 1) / chunks);
-      e_.kernels_.linear(task, tiles.data() + begin, end - begin, panel);
+      e_.kernels_.linear(task, tiles.data() + begin, end - begin, panel,
+                         more && panel + 1 < panels ? panel + 1 : -1);
     });
   }
 
@@ -337,7 +342,7 @@ class Encoder::Pass {
     int units = 0;
     for (const Active& a : active) units += (a.group->last - a.group->first) * a.heads;
     const int parts = std::max(1, std::min(kUnitsPerThread * e_.team_.size() / units, longest_ / 48));
-    phase(thread, number, kAttention, units * parts, [&](int unit) {
+    phase(thread, number, kAttention, units * parts, [&](int unit, bool) {
       const int part = unit % parts;
       int rest = unit / parts;
       for (const Active& a : active) {
@@ -416,7 +421,7 @@ class Encoder::Pass {
   void write_hidden(int thread, int& number, float* to) {
     const int tokens = offsets_.back();
     const int count = (tokens + kRowsPerUnit - 1) / kRowsPerUnit;
-    phase(thread, number, kPool, count, [&](int unit) {
+    phase(thread, number, kPool, count, [&](int unit, bool) {
       const int end = std::min((unit + 1) * kRowsPerUnit, tokens);
       for (int row = unit * kRowsPerUnit; row < end; ++row)
         std::memcpy(to + w_.destination[row] * shape_.hidden, x_ + row * x_stride_, 4 * shape_.hidden);
@@ -438,7 +443,7 @@ class Encoder::Pass {
     dense.out_f32 = pooled_;
     dense.out_stride = x_stride_;
     for (int p = 0; p < e_.model_.pooler.panel_count(); ++p)
-      e_.kernels_.linear(dense, pool_tiles_.data(), static_cast<int>(pool_tiles_.size()), p);
+      e_.kernels_.linear(dense, pool_tiles_.data(), static_cast<int>(pool_tiles_.size()), p, -1);
     e_.kernels_.tanh(pooled_, sequences * x_stride_);
     for (int i = 0; i < sequences; ++i) {
       const float* row = pooled_ + i * x_stride_;

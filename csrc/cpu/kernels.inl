@@ -92,20 +92,34 @@ struct DotS8 {
 
 // ---- the register block ----
 
-// out[MR][NV vectors, rows 64 words apart] = A[MR, words] x B[words, NV vectors]. Every output sums its
-// K terms in one order, whatever MR and NV are: a result does not depend on its neighbours.
+// Where the register block starts, and what it fetches for later while it computes.
+template <class Acc>
+struct Start {
+  const Acc* first;         // of each column, added to every row's sum; null for zero
+  const char* next;         // cache lines [from, to) of each of its panel rows are fetched; null for none
+  int from = 0, to = 0;
+};
+
+// out[MR rows, out_stride vectors apart][NV] = start + A[MR, words] x B[words, NV vectors]. Every output
+// sums its K terms in one order, whatever MR and NV are: a result does not depend on its neighbours.
 template <class Dot, int MR, int NV>
-INLINE void block(const char* a, int64_t stride, const char* b, int words, typename Dot::Acc* out) {
-  typename Dot::Acc acc[MR][NV];
+INLINE void block(const char* a, int64_t stride, const char* b, int words, Start<typename Dot::Acc> start,
+                  typename Dot::Acc* out, int64_t out_stride) {
+  typedef typename Dot::Acc Acc;
+  Acc acc[MR][NV];
 #pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r)
+  for (int v = 0; v < NV; ++v) {
+    const Acc first = start.first ? load<Acc>(start.first + v) : Acc{};
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v] = typename Dot::Acc{};
+    for (int r = 0; r < MR; ++r) acc[r][v] = first;
+  }
   for (int w = 0; w < words; ++w) {
     U32 column[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v)
       column[v] = load<U32>(b + w * int64_t{kPanelRowBytes} + v * int64_t{sizeof(U32)});
+    for (int line = start.from; line < start.to; ++line)
+      __builtin_prefetch(start.next + w * int64_t{kPanelRowBytes} + line * 64, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
       const typename Dot::Word word = Dot::spread(a + r * stride + w * int64_t{kWordBytes});
@@ -116,32 +130,38 @@ INLINE void block(const char* a, int64_t stride, const char* b, int words, typen
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store(out + r * kPanelVectors + v, acc[r][v]);
+    for (int v = 0; v < NV; ++v) store(out + r * out_stride + v, acc[r][v]);
 }
 
 template <class Dot, int NV>
 INLINE void block_rows(int rows, const char* a, int64_t stride, const char* b, int words,
-                       typename Dot::Acc* out) {
+                       Start<typename Dot::Acc> start, typename Dot::Acc* out, int64_t out_stride) {
   switch (rows) {
-    case 1: return block<Dot, 1, NV>(a, stride, b, words, out);
-    case 2: return block<Dot, 2, NV>(a, stride, b, words, out);
-    case 3: return block<Dot, 3, NV>(a, stride, b, words, out);
-    case 4: return block<Dot, 4, NV>(a, stride, b, words, out);
-    case 5: return block<Dot, 5, NV>(a, stride, b, words, out);
-    default: return block<Dot, 6, NV>(a, stride, b, words, out);
+    case 1: return block<Dot, 1, NV>(a, stride, b, words, start, out, out_stride);
+    case 2: return block<Dot, 2, NV>(a, stride, b, words, start, out, out_stride);
+    case 3: return block<Dot, 3, NV>(a, stride, b, words, start, out, out_stride);
+    case 4: return block<Dot, 4, NV>(a, stride, b, words, start, out, out_stride);
+    case 5: return block<Dot, 5, NV>(a, stride, b, words, start, out, out_stride);
+    default: return block<Dot, 6, NV>(a, stride, b, words, start, out, out_stride);
   }
 }
 
 /// The first `columns` columns of a panel (more may be computed), for up to 6 rows.
 template <class Dot>
 __attribute__((noinline)) void multiply(int rows, const char* a, int64_t stride, const char* b, int words,
-                                        int columns, typename Dot::Acc* out) {
+                                        int columns, Start<typename Dot::Acc> start,
+                                        typename Dot::Acc* out, int64_t out_stride) {
   const int vectors = (columns + kLanes - 1) / kLanes;
   int v = 0;
-  for (; vectors - v > kTileVectors / 2; v += kTileVectors)
-    block_rows<Dot, kTileVectors>(rows, a, stride, b + v * int64_t{sizeof(U32)}, words, out + v);
+  for (; vectors - v > kTileVectors / 2; v += kTileVectors) {
+    block_rows<Dot, kTileVectors>(rows, a, stride, b + v * int64_t{sizeof(U32)}, words, start, out + v,
+                                  out_stride);
+    if (start.first) start.first += kTileVectors;
+    start.to = start.from;  // once is enough
+  }
   if (v < vectors)
-    block_rows<Dot, kTileVectors / 2>(rows, a, stride, b + v * int64_t{sizeof(U32)}, words, out + v);
+    block_rows<Dot, kTileVectors / 2>(rows, a, stride, b + v * int64_t{sizeof(U32)}, words, start, out + v,
+                                      out_stride);
 }
 
 // ---- activations ----
@@ -195,42 +215,50 @@ template <DType dtype> struct DotOf { typedef DotF32 type; };
 template <> struct DotOf<DType::kBf16> { typedef DotBf16 type; };
 template <> struct DotOf<DType::kS8> { typedef DotS8 type; };
 
-/// Bias, scales, activation and store of one row of a panel.
-template <DType dtype, Activation activation>
-INLINE void finish(const LinearTask& task, const typename DotOf<dtype>::type::Acc* acc, int row, int column,
-                   int active, const int32_t* compensation) {
+/// Scales, activation and store of the sums of a tile in one panel, which include the bias (int8: the
+/// compensation). Columns from `active` on are stored as zeros.
+template <DType dtype, Activation activation, bool bf16>
+INLINE void finish(const LinearTask& task, const typename DotOf<dtype>::type::Acc* acc, const Tile& tile,
+                   int column, int active) {
   const Matrix& m = *task.matrix;
+#pragma GCC unroll 16
   for (int v = 0; v < kPanelVectors; ++v) {
     const int at = column + v * kLanes;
-    F32 value{};
-    if (v * kLanes < active) {
+    F32 scale{}, bias{};
+    if constexpr (dtype == DType::kS8) {
+      scale = load<F32>(m.scale + at);
+      bias = load<F32>(m.bias + at);
+    }
+    const int valid = active - v * kLanes;
+    for (int r = 0; r < tile.rows; ++r) {
+      F32 value;
       if constexpr (dtype == DType::kS8)
-        value = to_float(acc[v] - load<I32>(compensation + at)) *
-                    (load<F32>(m.scale + at) * task.input.scale[row]) + load<F32>(m.bias + at);
+        value = to_float(acc[r * kPanelVectors + v]) * scale * task.input.scale[tile.row + r] + bias;
       else
-        value = acc[v] + load<F32>(m.bias + at);
+        value = acc[r * kPanelVectors + v];
       value = activate<dtype == DType::kF32>(value, activation);
-      if ((v + 1) * kLanes > active) {  // the rest of the vector is beyond the extent
+      if (__builtin_expect(valid < kLanes, 0)) {
         float lanes[kLanes];
         store(lanes, value);
-        for (int i = active - v * kLanes; i < kLanes; ++i) lanes[i] = 0;
+        for (int i = valid > 0 ? valid : 0; i < kLanes; ++i) lanes[i] = 0;
         value = load<F32>(lanes);
       }
+      const int64_t to = (tile.row + r) * task.out_stride + at;
+      if constexpr (bf16) store(task.out_bf16 + to, to_bf16(value));
+      else store(task.out_f32 + to, value);
     }
-    if (task.out_f32)
-      store(task.out_f32 + row * task.out_stride + at, value);
-    else
-      store(task.out_bf16 + row * task.out_stride + at, to_bf16(value));
   }
 }
 
-template <DType dtype, Activation activation>
-void linear_panel(const LinearTask& task, const Tile* tiles, int count, int panel) {
+template <DType dtype, Activation activation, bool bf16>
+void linear_panel(const LinearTask& task, const Tile* tiles, int count, int panel, int next) {
   typedef typename DotOf<dtype>::type Dot;
+  typedef typename Dot::Acc Acc;
   const Matrix& m = *task.matrix;
   const char* b = m.panels + panel * m.panel_bytes;
   const int column = panel * kPanelColumns;
-  typename Dot::Acc acc[kTileRows * kPanelVectors];
+  constexpr int lines = kPanelRowBytes / 64;
+  Acc acc[kTileRows * kPanelVectors];
   for (int t = 0; t < count; ++t) {
     const Tile& tile = tiles[t];
     const int columns = m.contracts ? m.columns : tile.extent;
@@ -238,33 +266,46 @@ void linear_panel(const LinearTask& task, const Tile* tiles, int count, int pane
     const int active = columns - column < kPanelColumns ? columns - column : kPanelColumns;
     const int rows = m.contracts ? tile.extent : m.rows;
     const int words = words_of(dtype, m, rows);
-    const int32_t* compensation = nullptr;
+    Start<Acc> start{};
     if constexpr (dtype == DType::kS8)
-      compensation = m.compensation + (rows + m.block - 1) / m.block * int64_t{m.padded_columns()} -
-                     m.padded_columns();
+      start.first = reinterpret_cast<const Acc*>(
+          m.compensation + ((rows + m.block - 1) / m.block - 1) * int64_t{m.padded_columns()} + column);
+    else
+      start.first = reinterpret_cast<const Acc*>(m.bias + column);
+    if (next >= 0 && t < lines) {  // the tiles share the lines of a row: the last fetches the rest
+      start.next = m.panels + next * m.panel_bytes;
+      const int sharers = count < lines ? count : lines;
+      start.from = lines * t / sharers;
+      start.to = lines * (t + 1) / sharers;
+    }
     multiply<Dot>(tile.rows, task.input.data + tile.row * task.input.stride, task.input.stride, b, words,
-                  active, acc);
-    for (int r = 0; r < tile.rows; ++r)
-      finish<dtype, activation>(task, acc + r * kPanelVectors, tile.row + r, column, active, compensation);
+                  active, start, acc, kPanelVectors);
+    finish<dtype, activation, bf16>(task, acc, tile, column, active);
   }
 }
 
-template <DType dtype>
-void linear_of(const LinearTask& task, const Tile* tiles, int count, int panel) {
+template <DType dtype, bool bf16>
+void linear_of(const LinearTask& task, const Tile* tiles, int count, int panel, int next) {
   switch (task.activation) {
-    case Activation::kNone: return linear_panel<dtype, Activation::kNone>(task, tiles, count, panel);
-    case Activation::kGelu: return linear_panel<dtype, Activation::kGelu>(task, tiles, count, panel);
-    case Activation::kGeluTanh: return linear_panel<dtype, Activation::kGeluTanh>(task, tiles, count, panel);
-    case Activation::kRelu: return linear_panel<dtype, Activation::kRelu>(task, tiles, count, panel);
+    case Activation::kNone:
+      return linear_panel<dtype, Activation::kNone, bf16>(task, tiles, count, panel, next);
+    case Activation::kGelu:
+      return linear_panel<dtype, Activation::kGelu, bf16>(task, tiles, count, panel, next);
+    case Activation::kGeluTanh:
+      return linear_panel<dtype, Activation::kGeluTanh, bf16>(task, tiles, count, panel, next);
+    case Activation::kRelu:
+      return linear_panel<dtype, Activation::kRelu, bf16>(task, tiles, count, panel, next);
   }
 }
 
-void linear(const LinearTask& task, const Tile* tiles, int count, int panel) {
-  switch (task.dtype) {
-    case DType::kF32: return linear_of<DType::kF32>(task, tiles, count, panel);
-    case DType::kBf16: return linear_of<DType::kBf16>(task, tiles, count, panel);
-    case DType::kS8: return linear_of<DType::kS8>(task, tiles, count, panel);
+void linear(const LinearTask& task, const Tile* tiles, int count, int panel, int next) {
+  if (task.dtype == DType::kF32) return linear_of<DType::kF32, false>(task, tiles, count, panel, next);
+  if (task.dtype == DType::kBf16) {
+    if (task.out_bf16) return linear_of<DType::kBf16, true>(task, tiles, count, panel, next);
+    return linear_of<DType::kBf16, false>(task, tiles, count, panel, next);
   }
+  if (task.out_bf16) return linear_of<DType::kS8, true>(task, tiles, count, panel, next);
+  return linear_of<DType::kS8, false>(task, tiles, count, panel, next);
 }
 
 // ---- rows: LayerNorm, quantisation, embeddings ----
@@ -416,21 +457,52 @@ void hyperbolic_tangent(float* values, int64_t count) {
 
 // ---- attention of one head of one sequence ----
 
+/// 4 x 4 or larger squares of words, transposed in registers.
+INLINE void transpose(const char* from, int64_t stride, char* to) {
+  U32 row[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) row[i] = load<U32>(from + i * stride);
+  // Butterflies: step s exchanges what lies s apart in row and column.
+#pragma GCC unroll 4
+  for (int s = 1; s < kLanes; s *= 2) {
+    U32 low, high;  // lanes of the lower and the higher row of a pair
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = i & s ? kLanes + i - s : i;
+      high[i] = i & s ? kLanes + i : i + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & s) continue;
+      const U32 a = row[i], b = row[i + s];
+      row[i] = __builtin_shuffle(a, b, low);
+      row[i + s] = __builtin_shuffle(a, b, high);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store(to + i * int64_t{kPanelRowBytes}, row[i]);
+}
+
 /// K, given as rows of words, as panels: panel p, word j, column c = word j of key 64 p + c.
 INLINE void pack_keys(const char* k, int64_t stride, int keys, int size, int element, char* to) {
   const int words = (size * element + kWordBytes - 1) / kWordBytes;
-  const int last_bytes = size * element - (words - 1) * kWordBytes;
+  const int whole = size * element / kWordBytes / kLanes * kLanes;  // words that squares cover
   for (int p = 0; p * kPanelColumns < keys; ++p) {
     char* panel = to + static_cast<int64_t>(p) * words * kPanelRowBytes;
     const int columns = keys - p * kPanelColumns < kPanelColumns ? keys - p * kPanelColumns : kPanelColumns;
     if (columns < kPanelColumns) __builtin_memset(panel, 0, static_cast<int64_t>(words) * kPanelRowBytes);
-    for (int c = 0; c < columns; ++c) {
+    for (int c = 0; c < columns; c += kLanes) {
       const char* from = k + (p * int64_t{kPanelColumns} + c) * stride;
-      for (int j = 0; j < words - 1; ++j)
-        store(panel + j * int64_t{kPanelRowBytes} + c * kWordBytes, load<uint32_t>(from + j * kWordBytes));
-      uint32_t word = 0;
-      __builtin_memcpy(&word, from + (words - 1) * kWordBytes, last_bytes);
-      store(panel + (words - 1) * int64_t{kPanelRowBytes} + c * kWordBytes, word);
+      char* here = panel + c * kWordBytes;
+      const bool square = c + kLanes <= columns;
+      for (int j = 0; square && j < whole; j += kLanes)
+        transpose(from + j * kWordBytes, stride, here + j * int64_t{kPanelRowBytes});
+      for (int i = 0; i < kLanes && c + i < columns; ++i)
+        for (int j = square ? whole : 0; j < words; ++j) {
+          const int left = size * element - j * kWordBytes;
+          uint32_t word = 0;
+          __builtin_memcpy(&word, from + i * stride + j * kWordBytes, left < kWordBytes ? left : kWordBytes);
+          store(here + j * int64_t{kPanelRowBytes} + i * kWordBytes, word);
+        }
     }
   }
 }
@@ -478,7 +550,7 @@ INLINE float soften(float* scores, char* out, int keys, int padded, float scale)
   const float top = maximum(most) * scale;
   F32 total{};
   for (int i = 0; i < padded; i += kLanes) {
-    F32 e = exp(load<F32>(scores + i) * scale - top);
+    F32 e = exp_of_negative<!bf16>(load<F32>(scores + i) * scale - top);
     if (i + kLanes > keys) {  // exp does not reach 0
       float lanes[kLanes];
       store(lanes, e);
@@ -531,9 +603,8 @@ void attend(const AttentionTask& task, int head, int begin, int end, int query_b
     for (int p = 0; p < key_panels; ++p) {
       const int columns = keys - p * kPanelColumns < kPanelColumns ? keys - p * kPanelColumns : kPanelColumns;
       multiply<Dot>(rows, from, from_stride, k_panels + static_cast<int64_t>(p) * head_words * kPanelRowBytes,
-                    head_words, columns, acc);
-      for (int r = 0; r < rows; ++r)
-        __builtin_memcpy(scores + r * padded + p * kPanelColumns, acc + r * kPanelVectors, 4 * columns);
+                    head_words, columns, Start<F32>{}, reinterpret_cast<F32*>(scores + p * kPanelColumns),
+                    padded / kLanes);
     }
     float inverse[kTileRows];
     for (int r = 0; r < rows; ++r)
@@ -542,7 +613,8 @@ void attend(const AttentionTask& task, int head, int begin, int end, int query_b
     for (int p = 0; p < value_panels; ++p) {
       const int columns = d - p * kPanelColumns < kPanelColumns ? d - p * kPanelColumns : kPanelColumns;
       multiply<Dot>(rows, weights, padded * int64_t{element},
-                    v_panels + static_cast<int64_t>(p) * key_words * kPanelRowBytes, key_words, columns, acc);
+                    v_panels + static_cast<int64_t>(p) * key_words * kPanelRowBytes, key_words, columns,
+                    Start<F32>{}, acc, kPanelVectors);
       for (int r = 0; r < rows; ++r) {
         char* to = task.context + ((begin + q + r) * task.context_stride + head * int64_t{d} +
                                    p * kPanelColumns) * element;
@@ -577,7 +649,8 @@ int64_t peak_of(int64_t repeats, int group) {
   alignas(64) static const char b[words * kPanelRowBytes] = {};
   typename Dot::Acc acc[kTileRows * kPanelVectors];
   for (int64_t i = 0; i < repeats; ++i) {
-    multiply<Dot>(kTileRows, a, words * kWordBytes, b, words, kPanelColumns, acc);
+    multiply<Dot>(kTileRows, a, words * kWordBytes, b, words, kPanelColumns, Start<typename Dot::Acc>{}, acc,
+                  kPanelVectors);
     __asm__ volatile("" : : "r"(acc) : "memory");
   }
   return repeats * 2 * kTileRows * kPanelColumns * words * group;

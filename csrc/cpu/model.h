@@ -56,7 +56,7 @@ struct Matrix {
   int64_t panel_bytes = 0;
   const float* bias = nullptr;            // [P * 64]
   const float* scale = nullptr;           // int8: of each column, [P * 64]
-  const int32_t* compensation = nullptr;  // int8: 128 * sums over the first blocks of K, [blocks][P * 64]
+  const int32_t* compensation = nullptr;  // int8: -128 * sums over the first blocks of K, [blocks][P * 64]
   int columns = 0, rows = 0;              // columns = outputs, rows = K
   int block = 0;                          // rows of K that one row of `compensation` adds
   bool contracts = false;                 // whether K, not the columns, is cut to a prefix

@@ -6,8 +6,8 @@ of the columns is the first panels, a prefix of K the first rows of each panel, 
 every width. Where each array lies is decided by the native code (`_cpu.layout`).
 
 int8: weight = scale of its column x int8, so a scale holds for every prefix. Activations are int8 + 128
-as unsigned bytes; what the 128 adds to a sum is 128 x the sum of the column's int8 weights, kept as
-running totals over blocks of K, so that every prefix finds its own.
+as unsigned bytes; what the 128 adds to a sum, 128 x the sum of the column's int8 weights, is kept with
+the other sign, as running totals over blocks of K, so that every prefix finds its own.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def _pack_matrix(
         compensation = targets[f"{name}.compensation"]  # [blocks of K, columns padded]
         starts = np.arange(0, rows, blocks[f"{name}.compensation"])
         sums = np.add.reduceat(matrix, starts, axis=1, dtype=np.int32)
-        compensation[:, :columns] = 128 * sums.cumsum(1, dtype=np.int32).T
+        compensation[:, :columns] = -128 * sums.cumsum(1, dtype=np.int32).T
     elif dtype == "bf16":
         matrix = to_bf16(matrix)
     panels = targets[f"{name}.panels"]  # [P, K / group, 64, group]

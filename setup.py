@@ -77,9 +77,7 @@ class CMakeBuild(build_ext):
         ):
             if code := subprocess.run(command, check=False).returncode:
                 program = Path(command[0]).name
-                raise SystemExit(
-                    f"error: {program} failed with code {code}; its messages are above"
-                )
+                raise SystemExit(f"error: {program} failed with code {code}, see above")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / target.name, target)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dynabert_fast.engine.packing import PackedConfig, read_file, write_file
+from dynabert_fast.engine.native import native_module
+from dynabert_fast.engine.packing import DTYPES, PackedConfig, read_file, write_file
 from dynabert_fast.errors import InputError
 from dynabert_fast.subnet import Subnet
 
@@ -40,16 +41,31 @@ class EngineOutput:
 
 def isas() -> list[str]:
     """The instruction sets that this build has and this processor supports, best first."""
-    from dynabert_fast import _cpu
-
+    _cpu = native_module()
     return _cpu.isas()
 
 
 def measure_peak(dtype: str, isa: str | None = None, seconds: float = 0.1) -> float:
-    """Operations per second of the matrix kernel on one thread, all data in the first-level cache."""
-    from dynabert_fast import _cpu
+    """Operations per second of the matrix kernel on one thread, all data in the first-level cache.
 
-    return _cpu.peak(dtype, isa or os.environ.get(ISA_VARIABLE, ""), seconds)
+    Raises:
+        InputError: The type is unknown, or the processor has no such instruction set.
+    """
+    _cpu = native_module()
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    try:
+        return _cpu.peak(dtype, _chosen(isa), seconds)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _chosen(isa: str | None) -> str:
+    """The instruction set that was asked for, "" for the best."""
+    isa = os.environ.get(ISA_VARIABLE, "") if isa is None else isa
+    if not isinstance(isa, str):
+        raise InputError(f"isa must be the name of an instruction set, got {isa!r}")
+    return isa
 
 
 def load(path: str | Path, threads: int | None = None, *, verify: bool = False) -> CpuEngine:
@@ -69,13 +85,13 @@ def load(path: str | Path, threads: int | None = None, *, verify: bool = False) 
 class CpuEngine:
     """A packed model; every sub-network runs from the same bytes, and a call is one native call.
 
-    A sequence's result has the same bits whatever the batch, the padding, the order and the number of
-    threads. Calls from several Python threads are safe: with `threads=1` they run side by side, with
-    more they take turns on the engine's threads.
+    A sequence's result has the same bits whatever the batch, the padding, the order and the number
+    of threads. Calls from several Python threads are safe: with `threads=1` they run side by side,
+    with more they take turns on the engine's threads.
 
     Args:
         config: The model's shape.
-        packed: Its packed bytes; kept, not copied.
+        packed: Its packed bytes, `[n]` uint8 aligned to 64; kept, not copied.
         threads: Threads of a call; default all that the process may use.
         isa: Instruction set, one of `isas()`; default `DYNABERT_FAST_ISA`, else the best.
 
@@ -94,13 +110,16 @@ class CpuEngine:
 
         if threads is None:
             threads = len(os.sched_getaffinity(0))
-        if not 1 <= threads <= 1024:
-            raise InputError(f"threads must be 1 to 1024, got {threads}")
-        isa = os.environ.get(ISA_VARIABLE, "") if isa is None else isa
+        if not isinstance(threads, int | np.integer) or not 1 <= threads <= 1024:
+            raise InputError(f"threads must be a whole number in 1 to 1024, got {threads!r}")
+        if packed.dtype != np.uint8 or packed.ndim != 1 or not packed.flags.c_contiguous:
+            raise InputError(
+                f"packed must be [n] uint8 without gaps, got {list(packed.shape)} {packed.dtype}"
+            )
         self.config = config
         self._packed = packed
         try:
-            self._native = _cpu.Engine(config.native(), packed, threads, isa)
+            self._native = _cpu.Engine(config.native(), packed, int(threads), _chosen(isa))
         except ValueError as error:
             raise InputError(str(error)) from None
         self._subnets: dict[Subnet, int] = {}
@@ -155,7 +174,8 @@ class CpuEngine:
             token_type_ids: `[B, S]`; default 0.
             position_ids: `[B, S]`; default the family's rule.
             subnet: One sub-network, or one for each sequence; default the whole model.
-            output_hidden_states: Also return all hidden states; all sequences must keep as many layers.
+            output_hidden_states: Also return all hidden states; all sequences must keep the same
+                layers.
             lengths: `[B]` real tokens at the start of each row, instead of a mask.
             profile: Also measure the time of each stage (numpy input only).
 
@@ -176,13 +196,16 @@ class CpuEngine:
             )
         mask = _mask(ids, attention_mask, lengths)
         subnets, layers = self._choose(subnet, ids.shape[0])
+        if profile and from_torch:
+            raise InputError("profile needs input_ids as a numpy array or lists, got a tensor")
         if output_hidden_states:
-            if len(layers) != 1:
+            if len(layers) > 1:
+                kept = " and ".join(str(list(group)) for group in sorted(layers))
                 raise InputError(
-                    "output_hidden_states needs sub-networks of one depth, got "
-                    f"{', '.join(map(str, sorted(layers)))} layers"
+                    f"output_hidden_states needs sub-networks of the same layers, got {kept}; "
+                    "make one call for each"
                 )
-            states = 1 + next(iter(layers))
+            states = 1 + max(map(len, layers), default=0)
         else:
             states = 0 if self.config.num_labels else 1
         optional = (
@@ -206,31 +229,37 @@ class CpuEngine:
         return _to_torch(output, pooled) if from_torch else output
 
     def _number(self, subnet: Subnet) -> int:
-        """The native code's number of a sub-network: registered once, a dictionary look-up after."""
-        number = self._subnets.get(subnet)
-        if number is None:
-            if not isinstance(subnet, Subnet):
-                raise InputError(f"subnet must be a Subnet, got {type(subnet).__name__}")
-            subnet.check(self.config)
-            number = self._native.add_subnet(subnet.layers, subnet.heads, subnet.neurons)
-            self._subnets[subnet] = number
+        """The native code's number of a sub-network: registered once, then looked up."""
+        if not isinstance(subnet, Subnet):
+            raise InputError(f"subnet must be a Subnet, got {type(subnet).__name__}")
+        try:
+            number = self._subnets.get(subnet)
+            if number is None:
+                subnet.check(self.config)
+                number = self._native.add_subnet(subnet.layers, subnet.heads, subnet.neurons)
+                self._subnets[subnet] = number
+        except TypeError:
+            parts = subnet.layers, subnet.heads, subnet.neurons
+            raise InputError(f"a sub-network is three tuples of integers, got {parts}") from None
         return number
 
     def _choose(
         self, subnet: Subnet | Sequence[Subnet] | None, batch: int
-    ) -> tuple[np.ndarray, set[int]]:
-        """The number of each sequence's sub-network, and how many layers they keep."""
+    ) -> tuple[np.ndarray, set[tuple[int, ...]]]:
+        """The number of each sequence's sub-network, and the layers that they keep."""
         if subnet is None:
-            return np.full(batch, self._full, np.int32), {len(self.config.layer_heads)}
+            layers = tuple(range(len(self.config.layer_heads)))
+            return np.full(batch, self._full, np.int32), {layers}
         if isinstance(subnet, Subnet):
-            return np.full(batch, self._number(subnet), np.int32), {len(subnet.layers)}
-        given = list(subnet)
+            return np.full(batch, self._number(subnet), np.int32), {subnet.layers}
+        given: list[Any] = list(subnet) if isinstance(subnet, list | tuple) else [subnet]
+        numbers = np.fromiter((self._number(s) for s in given), np.int32, len(given))
         if len(given) != batch:
             raise InputError(
-                f"there must be one sub-network or one for each of {batch} sequences, got {len(given)}"
+                "there must be one sub-network, or one for each of "
+                f"{batch} sequences, got {len(given)}"
             )
-        numbers = np.fromiter((self._number(s) for s in given), np.int32, batch)
-        return numbers, {len(s.layers) for s in given}
+        return numbers, {s.layers for s in given}
 
 
 def _is_tensor(values: Any) -> bool:
@@ -241,18 +270,26 @@ def _is_tensor(values: Any) -> bool:
 def _array(name: str, values: Any) -> np.ndarray:
     if _is_tensor(values):
         if values.device.type != "cpu":
-            raise InputError(f"the CPU engine takes tensors on the CPU, {name} is on {values.device}")
-        return values.detach().numpy()
+            raise InputError(f"{name} must be on the CPU, got a tensor on {values.device}")
+        try:
+            return values.detach().numpy()
+        except (TypeError, RuntimeError):  # bf16, sparse, quantised
+            raise InputError(
+                f"{name} must be a dense tensor of a type that numpy has, got {values.dtype} "
+                f"{values.layout}"
+            ) from None
     try:
         return np.asarray(values)
     except ValueError:
-        raise InputError(f"{name} must be [batch, length], got rows of different lengths") from None
+        raise InputError(
+            f"{name} must be a rectangular array of numbers; are its rows of different lengths?"
+        ) from None
 
 
 def _integers(name: str, values: Any) -> np.ndarray:
     array = _array(name, values)
     if array.dtype.kind not in "iu":
-        raise InputError(f"{name} must be integers, got {array.dtype}")
+        raise InputError(f"{name} must be integers, got {list(array.shape)} {array.dtype}")
     return np.ascontiguousarray(array, np.int64)
 
 
@@ -271,7 +308,13 @@ def _mask(ids: np.ndarray, mask: Any, lengths: Any) -> np.ndarray | None:
         return (np.arange(ids.shape[1]) < count[:, None]).view(np.uint8)
     if mask is None:
         return None
-    return np.ascontiguousarray(_array("attention_mask", mask) != 0).view(np.uint8)
+    array = _array("attention_mask", mask != 0 if _is_tensor(mask) else mask)
+    if array.dtype.kind not in "biuf" or array.shape != ids.shape:
+        raise InputError(
+            f"attention_mask must be {list(ids.shape)} numbers, "
+            f"got {list(array.shape)} {array.dtype}"
+        )
+    return np.ascontiguousarray(array != 0).view(np.uint8)
 
 
 def _to_torch(output: EngineOutput, pooled: bool) -> Any:
@@ -287,7 +330,8 @@ def _to_torch(output: EngineOutput, pooled: bool) -> Any:
         return SequenceClassifierOutput(
             logits=torch.from_numpy(output.logits), hidden_states=hidden
         )
-    assert output.last_hidden_state is not None and output.pooler_output is not None
+    assert output.last_hidden_state is not None
+    assert output.pooler_output is not None
     return BaseModelOutputWithPooling(
         last_hidden_state=torch.from_numpy(output.last_hidden_state),
         pooler_output=torch.from_numpy(output.pooler_output),

@@ -1,13 +1,13 @@
 """Weights as the CPU engine reads them: panels whose prefixes are the sub-networks' weights.
 
-A map of K inputs onto columns is stored as panels of 64 columns, K-major inside the panel, in words of
-32 bits (1 float, 2 bf16 or 4 int8 of consecutive K): `[columns / 64, K / group, 64, group]`. A prefix
-of the columns is the first panels, a prefix of K the first rows of each panel, so one buffer serves
-every width. Where each array lies is decided by the native code (`_cpu.layout`).
+A map of K inputs onto columns is stored as panels of 64 columns, K-major inside the panel, in words
+of 32 bits (1 float, 2 bf16 or 4 int8 of consecutive K): `[columns / 64, K / group, 64, group]`. A
+prefix of the columns is the first panels, a prefix of K the first rows of each panel, so one buffer
+serves every width. Where each array lies is decided by the native code (`_cpu.layout`).
 
-int8: weight = scale of its column x int8, so a scale holds for every prefix. Activations are int8 + 128
-as unsigned bytes; what the 128 adds to a sum, 128 x the sum of the column's int8 weights, is kept with
-the other sign, as running totals over blocks of K, so that every prefix finds its own.
+int8: weight = scale of its column x int8, so a scale holds for every prefix. Activations are int8 +
+128 as unsigned bytes; what the 128 adds to a sum, 128 x the sum of the column's int8 weights, is
+kept with the other sign, as running totals over blocks of K, so that every prefix finds its own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import secrets
+import stat
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -25,10 +26,13 @@ from typing import Any
 
 import numpy as np
 
+from dynabert_fast.engine.native import native_module
 from dynabert_fast.errors import InputError, SaveError
 
 #: Types of the packed weights.
 DTYPES = ("fp32", "bf16", "int8")
+#: Activations of the FFN.
+ACTIVATIONS = ("", "gelu", "gelu_tanh", "relu")
 
 PANEL = 64
 _GROUP = {"fp32": 1, "bf16": 2, "int8": 4}
@@ -135,15 +139,23 @@ class PackedConfig:
             if not good:
                 raise InputError(f"{name} must be of type {kind}, got {value!r:.80}")
             values[name] = value
-        return cls(**values)
+        config = cls(**values)
+        if len(config.label_names) != config.num_labels:
+            raise InputError(
+                f"there must be {config.num_labels} label_names, got {len(config.label_names)}"
+            )
+        return config
 
     def native(self) -> dict[str, Any]:
         """The fields as the native code takes them.
 
         Raises:
-            InputError: An integer does not fit 32 bits.
+            InputError: A name is unknown, or an integer does not fit 32 bits.
         """
         found = asdict(self)
+        for name, known in (("dtype", DTYPES), ("activation", ACTIVATIONS)):
+            if found[name] not in known:
+                raise InputError(f"{name} must be one of {known}, got {found[name]!r:.80}")
         numbers = [v for v in found.values() if type(v) is int]
         for value in (*numbers, *self.layer_heads, *self.layer_neurons):
             if not -(2**31) <= value < 2**31:
@@ -156,14 +168,13 @@ def pack(config: PackedConfig, weight: Callable[[str], np.ndarray]) -> np.ndarra
 
     Args:
         config: Its shape.
-        weight: float32 array of a parameter, by its name in `DynaBertModel` ("pooler.dense.weight"),
-            or "classifier.weight" and "classifier.bias".
+        weight: float32 array of a parameter, by its name in `DynaBertModel`
+            ("pooler.dense.weight"), or "classifier.weight" and "classifier.bias".
 
     Returns:
         The packed bytes, `[n]` uint8, aligned to 64.
     """
-    from dynabert_fast import _cpu
-
+    _cpu = native_module()
     native = config.native()
     buffer = _aligned(_cpu.packed_bytes(native))
     targets: dict[str, np.ndarray] = {}
@@ -209,10 +220,9 @@ def _aligned(size: int) -> np.ndarray:
 def to_bf16(values: np.ndarray) -> np.ndarray:
     """float32 to bf16 bits (uint16), rounded to nearest even; NaN stays NaN."""
     u = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = ((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
-        np.uint16
-    )
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+    even = (u >> np.uint32(16)) & np.uint32(1)
+    rounded = (u + np.uint32(0x7FFF) + even) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded.astype(np.uint16))
 
 
 def quantise_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -225,6 +235,8 @@ def quantise_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(top).all():
         raise InputError("int8 needs finite weights, and the model has NaN or infinite ones")
     scale = (top / 127).astype(np.float32)
+    # Where the inverse would overflow, the row is as good as zero.
+    scale[scale < np.finfo(np.float32).tiny] = 0
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
     return np.rint(values * inverse[:, None]).clip(-127, 127).astype(np.int8), scale
 
@@ -273,36 +285,35 @@ def _pack_matrix(
 def write_file(path: Path, config: PackedConfig, packed: np.ndarray) -> None:
     """Write a packed model beside its place and rename it: a file is whole or absent.
 
-    Layout: 20 bytes (magic, version, size and CRC-32 of the header), the header in JSON, zeros up to a
-    page, the packed bytes. Little-endian.
+    Layout: 20 bytes (magic, version, size and CRC-32 of the header), the header in JSON, zeros up
+    to a page, the packed bytes. Little-endian.
 
     Raises:
         SaveError: The system refused; an older file of that name is untouched.
     """
-    header = json.dumps({"model": asdict(config), "crc32": zlib.crc32(packed)}).encode()
+    header = json.dumps({"model": asdict(config), "crc32": zlib.crc32(packed.data)}).encode()
     preamble = _PREAMBLE.pack(_MAGIC, _VERSION, len(header), zlib.crc32(header))
-    aside = None
+    # Short enough where the name itself is as long as a name may be.
+    aside = path.parent / f".{path.name[:100]}.{secrets.token_hex(4)}"
+    written = False
     try:
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        with aside.open("xb") as file:
+            written = True
             file.write(preamble + header)
             file.write(b"\0" * (-file.tell() % _PAGE))
-            file.write(packed)
+            file.write(packed.data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(aside, 0o666 & ~umask)
         os.replace(aside, path)
-        aside = None
+        written = False
     except OSError as error:
         raise SaveError(
-            f"could not save {path} ({error.strerror or error}); what was there before is intact: free "
-            "some space or choose another place"
+            f"could not save {path} ({error.strerror or error}); what was there before is intact: "
+            "free some space or choose another place"
         ) from error
     finally:
-        if aside is not None:
-            Path(aside).unlink(missing_ok=True)
+        if written:
+            aside.unlink(missing_ok=True)
 
 
 def read_file(path: Path, *, verify: bool = False) -> tuple[PackedConfig, np.ndarray]:
@@ -318,21 +329,25 @@ def read_file(path: Path, *, verify: bool = False) -> tuple[PackedConfig, np.nda
     Raises:
         InputError: There is no such file, or it is foreign, truncated or corrupt.
     """
-    from dynabert_fast import _cpu
+    _cpu = native_module()
 
     def refuse(why: str) -> InputError:
         return InputError(f"{path} is not a packed model that can be read: {why}; pack it again")
 
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
+            raise refuse("it is not a file")
+        if status.st_size < _PREAMBLE.size:
+            raise refuse(f"it has {status.st_size} bytes")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < _PREAMBLE.size:
-                raise refuse(f"it has {size} bytes")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {path}: {reason}") from error
+    size = len(mapped)
     magic, version, length, checksum = _PREAMBLE.unpack_from(mapped)
     if magic != _MAGIC:
         raise refuse("it begins with other bytes than a packed model does")
@@ -345,14 +360,15 @@ def read_file(path: Path, *, verify: bool = False) -> tuple[PackedConfig, np.nda
     start += -start % _PAGE
     try:
         found = json.loads(header)
+        if not isinstance(found, dict) or set(found) != {"model", "crc32"}:
+            raise ValueError("it must have the fields model and crc32")
         config = PackedConfig.read(found["model"])
         expected = _cpu.packed_bytes(config.native())
-        checksum = found["crc32"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise refuse(f"its header says {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"its header is wrong ({error})") from error
     if size != start + expected:
         raise refuse(f"it has {size} bytes where {start + expected} belong")
     packed = np.frombuffer(mapped, np.uint8, expected, start)
-    if verify and zlib.crc32(packed) != checksum:
+    if verify and zlib.crc32(packed.data) != found["crc32"]:
         raise refuse("its checksum differs")
     return config, packed

@@ -37,10 +37,10 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            raise InputError(f"{path} holds no tokenizer.json; save the tokenizer of the checkpoint")
+            raise InputError(f"{path} holds no tokenizer.json; save the checkpoint's tokenizer")
         try:
             self._tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001 (the library raises nothing more special)
+        except Exception as error:  # the library raises nothing more special
             raise InputError(f"{file} is not a tokenizer that can be read: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -54,7 +54,8 @@ class Tokenizer:
         """Encode texts (with a second text each, if given).
 
         Returns:
-            `input_ids`, `attention_mask` and `token_type_ids`, `[B, S]` int64, padded to the longest.
+            `input_ids`, `attention_mask` and `token_type_ids`, `[B, S]` int64, as long as the
+            longest.
 
         Raises:
             InputError: No text, or another number of second texts.

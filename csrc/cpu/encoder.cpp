@@ -283,25 +283,42 @@ class Encoder::Pass {
     });
   }
 
-  void linear_phase(int thread, int& number, Stage stage, const LinearTask& task,
-                    const std::vector<Tile>& tiles) {
-    const Matrix& m = *task.matrix;
-    int panels = m.panel_count();
+  /// How a product is cut: every panel that a tile reaches, for each chunk of the rows.
+  struct Cut {
+    int panels, chunks;
+  };
+
+  Cut cut(const Matrix& m, const std::vector<Tile>& tiles) const {
+    int columns = m.columns;
     if (!m.contracts) {
-      int most = 0;
-      for (const Tile& tile : tiles) most = std::max(most, tile.extent);
-      panels = (most + kPanelColumns - 1) / kPanelColumns;
+      columns = 0;
+      for (const Tile& tile : tiles) columns = std::max(columns, tile.extent);
+    }
+    const int panels = (columns + kPanelColumns - 1) / kPanelColumns;
+    const int count = static_cast<int>(tiles.size()), threads = e_.team_.size();
+    const int whole = (count * kTileRows + kChunkRows - 1) / kChunkRows;
+    const int wanted = threads > 1 ? (kUnitsPerThread * threads + panels - 1) / panels : 1;
+    return {panels, std::min(std::max(whole, wanted), count)};
+  }
+
+  /// `next` and its tiles are the product after this one, whose first panel is fetched at the end.
+  void linear_phase(int thread, int& number, Stage stage, const LinearTask& task,
+                    const std::vector<Tile>& tiles, const Matrix* next, const std::vector<Tile>& next_tiles) {
+    const Matrix& m = *task.matrix;
+    const auto [panels, chunks] = cut(m, tiles);
+    const char* after = nullptr;
+    if (next) {
+      const Cut then = cut(*next, next_tiles);
+      const int first = static_cast<int>(int64_t{then.panels} * then.chunks * thread / e_.team_.size());
+      after = next->panels + first % then.panels * next->panel_bytes;
     }
     const int count = static_cast<int>(tiles.size());
-    int chunks = (count * kTileRows + kChunkRows - 1) / kChunkRows;
-    const int wanted = (kUnitsPerThread * e_.team_.size() + panels - 1) / panels;
-    chunks = std::min(std::max(chunks, e_.team_.size() > 1 ? wanted : 1), count);
-    phase(thread, number, stage, chunks * panels, [&](int unit, bool more) {
+    phase(thread, number, stage, chunks * panels, [&, panels = panels, chunks = chunks](int unit, bool more) {
       const int chunk = unit / panels, panel = unit % panels;
       const int begin = static_cast<int>(int64_t{count} * chunk / chunks);
       const int end = static_cast<int>(int64_t{count} * (chunk + 1) / chunks);
-      e_.kernels_.linear(task, tiles.data() + begin, end - begin, panel,
-                         more && panel + 1 < panels ? panel + 1 : -1);
+      const char* fetched = !more ? after : m.panels + (panel + 1) % panels * m.panel_bytes;
+      e_.kernels_.linear(task, tiles.data() + begin, end - begin, panel, fetched);
     });
   }
 
@@ -319,14 +336,17 @@ class Encoder::Pass {
     if (all_hidden) write_hidden(thread, number, out_.hidden[kept++]);
     for (int layer = 0; layer < shape_.layers(); ++layer) {
       if (layer_plans_[layer]->active.empty()) continue;
-      run_layer(thread, number, e_.model_.layers[layer], *layer_plans_[layer]);
+      const Layer* layers = e_.model_.layers.data();
+      run_layer(thread, number, layers[layer], *layer_plans_[layer],
+                layer + 1 < shape_.layers() ? &layers[layer + 1] : nullptr);
       if (all_hidden) write_hidden(thread, number, out_.hidden[kept++]);
     }
     if (out_.hidden.size() == 1) write_hidden(thread, number, out_.hidden[0]);
     if (thread == 0 && (out_.pooled || out_.logits)) pool(f32);
   }
 
-  void run_layer(int thread, int& number, const Layer& layer, const LayerPlan& plan) {
+  /// `next` is the layer after it, null for the last (one that a sub-network skips costs a wrong guess).
+  void run_layer(int thread, int& number, const Layer& layer, const LayerPlan& plan, const Layer* next) {
     const DType dtype = shape_.dtype;
     const bool f32 = dtype == DType::kF32, s8 = dtype == DType::kS8;
     const int d = shape_.head_size;
@@ -335,7 +355,7 @@ class Encoder::Pass {
 
     LinearTask qkv{dtype, &layer.qkv, x};
     set_output(qkv, qkv_, qkv_stride_);
-    linear_phase(thread, number, kQkv, qkv, plan.qkv);
+    linear_phase(thread, number, kQkv, qkv, plan.qkv, &layer.out, plan.context);
 
     const AttentionTask attention{!f32, qkv_, qkv_stride_, context_, context_stride_, d};
     // A unit is one head of one sequence; of few long ones, some of the queries.
@@ -375,13 +395,13 @@ class Encoder::Pass {
     LinearTask out{dtype, &layer.out, context};
     out.out_f32 = y_;
     out.out_stride = x_stride_;
-    linear_phase(thread, number, kOut, out, plan.context);
+    linear_phase(thread, number, kOut, out, plan.context, &layer.up, plan.neurons);
     norm_phase(thread, number, layer.attention_norm, plan.context);
 
     LinearTask up{dtype, &layer.up, x};
     up.activation = shape_.activation;
     set_output(up, middle_, middle_stride_);
-    linear_phase(thread, number, kUp, up, plan.neurons);
+    linear_phase(thread, number, kUp, up, plan.neurons, &layer.down, plan.neurons);
 
     Operand middle{middle_, middle_stride_ * (f32 ? 4 : 2), nullptr};
     if (s8) {
@@ -391,7 +411,7 @@ class Encoder::Pass {
     LinearTask down{dtype, &layer.down, middle};
     down.out_f32 = y_;
     down.out_stride = x_stride_;
-    linear_phase(thread, number, kDown, down, plan.neurons);
+    linear_phase(thread, number, kDown, down, plan.neurons, next ? &next->qkv : nullptr, plan.qkv);
     norm_phase(thread, number, layer.ffn_norm, plan.neurons);
   }
 
@@ -443,7 +463,7 @@ class Encoder::Pass {
     dense.out_f32 = pooled_;
     dense.out_stride = x_stride_;
     for (int p = 0; p < e_.model_.pooler.panel_count(); ++p)
-      e_.kernels_.linear(dense, pool_tiles_.data(), static_cast<int>(pool_tiles_.size()), p, -1);
+      e_.kernels_.linear(dense, pool_tiles_.data(), static_cast<int>(pool_tiles_.size()), p, nullptr);
     e_.kernels_.tanh(pooled_, sequences * x_stride_);
     for (int i = 0; i < sequences; ++i) {
       const float* row = pooled_ + i * x_stride_;

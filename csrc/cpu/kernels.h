@@ -66,8 +66,8 @@ struct AttentionTask {
 /// Everything an instruction set computes. `scratch` is 64-byte aligned, `attention_scratch` bytes.
 struct Kernels {
   const char* name;
-  /// One panel of outputs for some tiles; meanwhile panel `next` (unless negative) is fetched.
-  void (*linear)(const LinearTask&, const Tile* tiles, int count, int panel, int next);
+  /// One panel of outputs for some tiles; meanwhile the panel at `next` (unless null) is fetched.
+  void (*linear)(const LinearTask&, const Tile* tiles, int count, int panel, const char* next);
   /// x = LayerNorm(x + y), and the operand of it, for rows [begin, end).
   void (*residual_norm)(const NormTask&, int begin, int end);
   void (*embed)(const EmbedTask&, int begin, int end);

@@ -171,7 +171,7 @@ __attribute__((noinline)) void multiply(int rows, const char* a, int64_t stride,
 template <bool precise>
 INLINE F32 gelu(F32 x) {
   constexpr float c = precise ? 5.5f : 4.5f;
-  const F32 s = min(abs(x), broadcast(c)) * (2 / c) - 1.f;
+  const F32 s = min(broadcast(c), abs(x)) * (2 / c) - 1.f;
   constexpr float low[] = {0.0274971332f,  -0.133039504f, 0.246592388f, -0.147215813f,
                            -0.202968270f,  0.434781402f,  -0.204907268f, -0.176315054f,
                            0.176380441f,   0.0217825044f, -0.0425867960f};
@@ -182,7 +182,7 @@ INLINE F32 gelu(F32 x) {
   F32 p = broadcast(precise ? high[16] : low[10]);
 #pragma GCC unroll 16
   for (int i = precise ? 15 : 9; i >= 0; --i) p = p * s + (precise ? high[i] : low[i]);
-  return max(x, F32{}) - p;
+  return max(F32{}, x) - p;
 }
 
 INLINE F32 gelu_tanh(F32 x) {
@@ -195,7 +195,7 @@ INLINE F32 activate(F32 x, Activation activation) {
   switch (activation) {
     case Activation::kGelu: return gelu<precise>(x);
     case Activation::kGeluTanh: return gelu_tanh(x);
-    case Activation::kRelu: return max(x, F32{});
+    case Activation::kRelu: return max(F32{}, x);
     default: return x;
   }
 }
@@ -251,7 +251,7 @@ INLINE void finish(const LinearTask& task, const typename DotOf<dtype>::type::Ac
 }
 
 template <DType dtype, Activation activation, bool bf16>
-void linear_panel(const LinearTask& task, const Tile* tiles, int count, int panel, int next) {
+void linear_panel(const LinearTask& task, const Tile* tiles, int count, int panel, const char* next) {
   typedef typename DotOf<dtype>::type Dot;
   typedef typename Dot::Acc Acc;
   const Matrix& m = *task.matrix;
@@ -272,8 +272,8 @@ void linear_panel(const LinearTask& task, const Tile* tiles, int count, int pane
           m.compensation + ((rows + m.block - 1) / m.block - 1) * int64_t{m.padded_columns()} + column);
     else
       start.first = reinterpret_cast<const Acc*>(m.bias + column);
-    if (next >= 0 && t < lines) {  // the tiles share the lines of a row: the last fetches the rest
-      start.next = m.panels + next * m.panel_bytes;
+    if (next && t < lines) {  // the tiles share the lines of a row: the last fetches the rest
+      start.next = next;
       const int sharers = count < lines ? count : lines;
       start.from = lines * t / sharers;
       start.to = lines * (t + 1) / sharers;
@@ -285,7 +285,7 @@ void linear_panel(const LinearTask& task, const Tile* tiles, int count, int pane
 }
 
 template <DType dtype, bool bf16>
-void linear_of(const LinearTask& task, const Tile* tiles, int count, int panel, int next) {
+void linear_of(const LinearTask& task, const Tile* tiles, int count, int panel, const char* next) {
   switch (task.activation) {
     case Activation::kNone:
       return linear_panel<dtype, Activation::kNone, bf16>(task, tiles, count, panel, next);
@@ -298,7 +298,7 @@ void linear_of(const LinearTask& task, const Tile* tiles, int count, int panel, 
   }
 }
 
-void linear(const LinearTask& task, const Tile* tiles, int count, int panel, int next) {
+void linear(const LinearTask& task, const Tile* tiles, int count, int panel, const char* next) {
   if (task.dtype == DType::kF32) return linear_of<DType::kF32, false>(task, tiles, count, panel, next);
   if (task.dtype == DType::kBf16) {
     if (task.out_bf16) return linear_of<DType::kBf16, true>(task, tiles, count, panel, next);
@@ -310,28 +310,59 @@ void linear(const LinearTask& task, const Tile* tiles, int count, int panel, int
 
 // ---- rows: LayerNorm, quantisation, embeddings ----
 
-/// Row of floats to int8 + 128 with one scale; 128 (zero) from `columns` up to `padded`.
-INLINE void quantise_row(const float* in, const Operand& out, int row, int columns, int padded) {
-  F32 most{};
+// Rows are reduced in four independent sums or maxima: one would wait for itself, 4 cycles a step.
+constexpr int kStrands = 4;
+
+/// Of value(i), the vector at column i, over the whole vectors of a row; as integers.
+template <class Value>
+INLINE I32 largest(int columns, Value value) {
+  I32 most[kStrands] = {};
   int i = 0;
-  for (; i + kLanes <= columns; i += kLanes) most = max(most, abs(load<F32>(in + i)));
-  float top = maximum(most);
-  for (int j = i; j < columns; ++j) {
-    const float v = __builtin_fabsf(in[j]);
-    top = top > v ? top : v;
+  for (; i + kStrands * kLanes <= columns; i += kStrands * kLanes)
+#pragma GCC unroll 4
+    for (int k = 0; k < kStrands; ++k) most[k] = max(most[k], value(i + k * kLanes));
+  for (; i + kLanes <= columns; i += kLanes) most[0] = max(most[0], value(i));
+  return max(max(most[0], most[1]), max(most[2], most[3]));
+}
+
+template <class Value>
+INLINE float total(int columns, Value value) {
+  F32 part[kStrands] = {};
+  int i = 0;
+  for (; i + kStrands * kLanes <= columns; i += kStrands * kLanes)
+#pragma GCC unroll 4
+    for (int k = 0; k < kStrands; ++k) part[k] = part[k] + value(i + k * kLanes);
+  for (; i + kLanes <= columns; i += kLanes) part[0] = part[0] + value(i);
+  return sum((part[0] + part[1]) + (part[2] + part[3]));
+}
+
+INLINE float as_float(float v) { return v; }
+INLINE float as_float(uint16_t v) { return from_bf16(v); }
+INLINE F32 load_floats(const float* p) { return load<F32>(p); }
+INLINE F32 load_floats(const uint16_t* p) { return from_bf16(load<U16>(p)); }
+
+/// A row to int8 + 128 with one scale; 128 (zero) from `columns` up to `padded`.
+template <class T>
+INLINE void quantise_row(const T* in, const Operand& out, int row, int columns, int padded) {
+  const int whole = columns / kLanes * kLanes;
+  // Magnitudes are compared as integers: there NaN is the largest, and is not lost.
+  int32_t most = maximum<int32_t>(largest(columns, [&](int i) { return bits<I32>(abs(load_floats(in + i))); }));
+  for (int j = whole; j < columns; ++j) {
+    const int32_t v = bits<int32_t>(__builtin_fabsf(as_float(in[j])));
+    most = most > v ? most : v;
   }
+  float top = bits<float>(most);
   if (!(top <= 3.0e38f)) top = __builtin_nanf("");  // not finite: so is everything that it scales
-  const float scale = top / 127.f;
+  out.scale[row] = top / 127.f;
   const float inverse = top > 0 ? 127.f / top : 0.f;
-  out.scale[row] = scale;
   uint8_t* to = reinterpret_cast<uint8_t*>(out.data + row * out.stride);
-  for (i = 0; i + kLanes <= columns; i += kLanes)
-    store(to + i, __builtin_convertvector(round_to_int(load<F32>(in + i) * inverse) + 128, U8));
-  for (; i < columns; ++i) {
-    const float shifted = in[i] * inverse + 12582912.f;
+  for (int i = 0; i < whole; i += kLanes)
+    store(to + i, __builtin_convertvector(round_to_int(load_floats(in + i) * inverse) + 128, U8));
+  for (int i = whole; i < columns; ++i) {
+    const float shifted = as_float(in[i]) * inverse + 12582912.f;
     to[i] = static_cast<uint8_t>(bits<int32_t>(shifted) - 0x4b400000 + 128);
   }
-  for (; i < padded; ++i) to[i] = 128;
+  for (int i = columns; i < padded; ++i) to[i] = 128;
 }
 
 /// A row of floats as the operand of a product over `columns` values.
@@ -348,35 +379,33 @@ INLINE void operand_row(DType dtype, const float* in, const Operand& out, int ro
   }
 }
 
-/// x = LayerNorm(x) over `columns` values, in two passes (the variance is of the differences).
-INLINE void normalise(float* x, int columns, const Norm& norm, float eps) {
-  F32 total{};
-  int i = 0;
-  for (; i + kLanes <= columns; i += kLanes) total = total + load<F32>(x + i);
-  float mean = sum(total);
-  for (int j = i; j < columns; ++j) mean += x[j];
-  mean /= columns;
-  F32 squares{};
-  for (i = 0; i + kLanes <= columns; i += kLanes) {
+/// x = LayerNorm(x) over `columns` values whose sum is known; the variance is of the differences.
+INLINE void normalise(float* x, int columns, float all, const Norm& norm, float eps) {
+  const int whole = columns / kLanes * kLanes;
+  const float mean = all / columns;
+  float variance = total(columns, [&](int i) {
     const F32 d = load<F32>(x + i) - mean;
-    squares = squares + d * d;
-  }
-  float variance = sum(squares);
-  for (int j = i; j < columns; ++j) variance += (x[j] - mean) * (x[j] - mean);
+    return d * d;
+  });
+  for (int j = whole; j < columns; ++j) variance += (x[j] - mean) * (x[j] - mean);
   const float inverse = 1.f / __builtin_sqrtf(variance / columns + eps);
-  for (i = 0; i + kLanes <= columns; i += kLanes)
+  for (int i = 0; i < whole; i += kLanes)
     store(x + i, (load<F32>(x + i) - mean) * inverse * load<F32>(norm.weight + i) + load<F32>(norm.bias + i));
-  for (; i < columns; ++i) x[i] = (x[i] - mean) * inverse * norm.weight[i] + norm.bias[i];
+  for (int i = whole; i < columns; ++i) x[i] = (x[i] - mean) * inverse * norm.weight[i] + norm.bias[i];
 }
 
 void residual_norm(const NormTask& task, int begin, int end) {
+  const int whole = task.hidden / kLanes * kLanes;
   for (int row = begin; row < end; ++row) {
     float* x = task.x + row * task.stride;
     const float* y = task.y + row * task.stride;
-    int i = 0;
-    for (; i + kLanes <= task.hidden; i += kLanes) store(x + i, load<F32>(x + i) + load<F32>(y + i));
-    for (; i < task.hidden; ++i) x[i] += y[i];
-    normalise(x, task.hidden, *task.norm, task.eps);
+    float all = total(task.hidden, [&](int i) {
+      const F32 v = load<F32>(x + i) + load<F32>(y + i);
+      store(x + i, v);
+      return v;
+    });
+    for (int i = whole; i < task.hidden; ++i) all += x[i] += y[i];
+    normalise(x, task.hidden, all, *task.norm, task.eps);
     if (task.dtype != DType::kF32) operand_row(task.dtype, x, task.out, row, task.hidden);
   }
 }
@@ -410,36 +439,16 @@ void embed(const EmbedTask& task, int begin, int end) {
     add_row(task.dtype, m.word, task.ids[row], x, hidden);
     add_row(task.dtype, m.token_type, task.token_types[row], x, hidden);
     add_row(task.dtype, m.position, task.positions[row], x, hidden);
-    normalise(x, hidden, m.embedding_norm, m.shape.eps);
+    float all = total(hidden, [&](int i) { return load<F32>(x + i); });
+    for (int i = hidden / kLanes * kLanes; i < hidden; ++i) all += x[i];
+    normalise(x, hidden, all, m.embedding_norm, m.shape.eps);
     if (task.dtype != DType::kF32) operand_row(task.dtype, x, task.out, row, hidden);
   }
 }
 
 void quantise(const uint16_t* in, int64_t in_stride, const Operand& out, int columns, int padded, int begin,
               int end) {
-  for (int row = begin; row < end; ++row) {
-    const uint16_t* from = in + row * in_stride;
-    uint8_t* to = reinterpret_cast<uint8_t*>(out.data + row * out.stride);
-    F32 most{};
-    int i = 0;
-    for (; i + kLanes <= columns; i += kLanes) most = max(most, abs(from_bf16(load<U16>(from + i))));
-    float top = maximum(most);
-    for (int j = i; j < columns; ++j) {
-      const float v = __builtin_fabsf(from_bf16(from[j]));
-      top = top > v ? top : v;
-    }
-    if (!(top <= 3.0e38f)) top = __builtin_nanf("");
-    out.scale[row] = top / 127.f;
-    const float inverse = top > 0 ? 127.f / top : 0.f;
-    for (i = 0; i + kLanes <= columns; i += kLanes)
-      store(to + i,
-            __builtin_convertvector(round_to_int(from_bf16(load<U16>(from + i)) * inverse) + 128, U8));
-    for (; i < columns; ++i) {
-      const float shifted = from_bf16(from[i]) * inverse + 12582912.f;
-      to[i] = static_cast<uint8_t>(bits<int32_t>(shifted) - 0x4b400000 + 128);
-    }
-    for (; i < padded; ++i) to[i] = 128;
-  }
+  for (int row = begin; row < end; ++row) quantise_row(in + row * in_stride, out, row, columns, padded);
 }
 
 void convert(DType dtype, const float* in, int64_t in_stride, const Operand& out, int columns, int rows) {
@@ -547,7 +556,7 @@ INLINE float soften(float* scores, char* out, int keys, int padded, float scale)
   for (int i = keys; i < padded; ++i) scores[i] = -3.0e38f;
   F32 most = broadcast(-3.0e38f);
   for (int i = 0; i < padded; i += kLanes) most = max(most, load<F32>(scores + i));
-  const float top = maximum(most) * scale;
+  const float top = maximum<float>(most) * scale;
   F32 total{};
   for (int i = 0; i < padded; i += kLanes) {
     F32 e = exp_of_negative<!bf16>(load<F32>(scores + i) * scale - top);

@@ -34,6 +34,7 @@ INLINE To bits(From v) {
 INLINE F32 broadcast(float v) { return v - F32{}; }  // v - 0 keeps -0 and is one broadcast
 INLINE U32 broadcast_word(const char* p) { return load<uint32_t>(p) | U32{}; }
 
+// Where b is NaN, so is the result: what may be NaN stands second.
 #if defined(__AVX512F__)
 INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
@@ -46,6 +47,7 @@ INLINE F32 min(F32 a, F32 b) { return a < b ? a : b; }
 #endif
 
 INLINE F32 abs(F32 a) { return bits<F32>(bits<U32>(a) & 0x7fffffffu); }
+INLINE I32 max(I32 a, I32 b) { return a > b ? a : b; }
 
 /// Nearest integers (ties to even) of values below 2^22 in magnitude.
 INLINE I32 round_to_int(F32 a) {
@@ -84,8 +86,9 @@ INLINE float sum(F32 a) {
   return v[0];
 }
 
-INLINE float maximum(F32 a) {
-  float v[kLanes];
+template <class T, class V>
+INLINE T maximum(V a) {
+  T v[kLanes];
   store(v, a);
   for (int n = kLanes / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) v[i] = v[i] > v[i + n] ? v[i] : v[i + n];
@@ -114,7 +117,7 @@ INLINE F32 power_of_2(F32 f) {
 
 /// e^a to 2 ulp. Below -87 it is 1.2e-38; above 88.8 infinite.
 INLINE F32 exp(F32 a) {
-  const F32 x = max(min(a, broadcast(88.8f)), broadcast(-87.3f)) * 1.44269504f;
+  const F32 x = max(broadcast(-87.3f), min(broadcast(88.8f), a)) * 1.44269504f;
   const I32 n = round_to_int(x);
   // Two factors: 2^n itself may be out of range where the product is not.
   const I32 half = n >> 1;
@@ -124,7 +127,7 @@ INLINE F32 exp(F32 a) {
 /// e^a for a <= 0, for the softmax. Below -87 it is 1.2e-38, which no sum of float32 notices.
 template <bool precise>
 INLINE F32 exp_of_negative(F32 a) {
-  const F32 x = max(a * 1.44269504f, broadcast(-126.f));
+  const F32 x = max(broadcast(-126.f), a * 1.44269504f);
   const I32 n = round_to_int(x);
   return bits<F32>(bits<I32>(power_of_2<precise>(x - to_float(n))) + (n << 23));
 }

@@ -1,6 +1,7 @@
 """Elastic transformers: one set of weights, many models, switched at no cost.
 
-Importing the package imports neither torch nor transformers: its names load on first use. Importing
+Importing the package imports neither torch nor transformers: its names load on first use. `Subnet`,
+`grid` and `dynabert_fast.engine` need numpy only, the others the extra `train`. Importing
 `dynabert_fast.models` registers the models with the Hugging Face auto classes.
 """
 
@@ -52,4 +53,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        from dynabert_fast.errors import MissingPackageError
+
+        if missing := MissingPackageError.explain(error, name):
+            raise missing from None
+        raise

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+#: What the extra `train` brings, as it is imported.
+TRAIN_PACKAGES = frozenset(
+    "accelerate huggingface_hub jinja2 safetensors scipy sklearn torch tqdm transformers".split()
+)
+
 
 class InputError(ValueError):
     """Bad input: says what was given, what is allowed and what to do."""
@@ -9,3 +14,15 @@ class InputError(ValueError):
 
 class SaveError(OSError):
     """Something could not be written; says what, why, and that what was saved before is intact."""
+
+
+class MissingPackageError(ImportError, InputError):
+    """A package of the extra `train` is not installed; says how to get it."""
+
+    @classmethod
+    def explain(cls, error: ModuleNotFoundError, what: str) -> MissingPackageError | None:
+        """What to raise instead of `error`, if a package of `train` is what `what` misses."""
+        package = (error.name or "").partition(".")[0]
+        if package not in TRAIN_PACKAGES:
+            return None
+        return cls(f"{what} needs {package}: pip install dynabert-fast[train]", name=error.name)

@@ -1,12 +1,14 @@
-"""`info`: versions, devices, backends, and what a checkpoint holds."""
+"""`info`: versions, devices, backends, the CPU engine, and what a checkpoint holds."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from dynabert_fast import __version__
 from dynabert_fast.cli import arguments as shared
+from dynabert_fast.errors import InputError, MissingPackageError
 
 
 def add_commands(commands: Any) -> None:
@@ -14,7 +16,7 @@ def add_commands(commands: Any) -> None:
     parser = shared.add_command(
         commands,
         "info",
-        "versions, devices, backends of the ops, and the sub-networks of a checkpoint",
+        "versions, devices, backends, the CPU engine, and the sub-networks of a checkpoint",
         """
 dynabert-fast info
 dynabert-fast info sst2/dynabert""",
@@ -34,19 +36,55 @@ dynabert-fast info sst2/dynabert""",
 
 
 def _info(args: argparse.Namespace) -> None:
-    shared.quiet_libraries()
     import platform
 
-    import torch
-    import transformers
-
-    about = _describe(args) if args.checkpoint else ""
+    about = ""
+    if args.checkpoint:
+        shared.quiet_libraries()
+        about = _describe(args)
     print(f"dynabert-fast {__version__}, Python {platform.python_version()}")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"devices: {', '.join(_devices())}; {torch.get_num_threads()} CPU threads")
-    print(_backend_table())
+    print(_torch_part())
+    print(_engine())
     if about:
         print(about)
+
+
+def _torch_part() -> str:
+    """Versions, devices and backends of the model in torch; the CPU engine does without."""
+    try:
+        shared.quiet_libraries()
+        import torch
+        import transformers
+    except ModuleNotFoundError as error:
+        if missing := MissingPackageError.explain(error, "the model in torch"):
+            return str(missing)
+        raise
+    return (
+        f"torch {torch.__version__}, transformers {transformers.__version__}\n"
+        f"devices: {', '.join(_devices())}; {torch.get_num_threads()} CPU threads\n"
+        f"{_backend_table()}"
+    )
+
+
+def _engine() -> str:
+    """Whether the CPU engine is built, and which instruction set it uses."""
+    from dynabert_fast.engine import ISA_VARIABLE, isas
+
+    try:
+        found = isas()
+    except InputError as error:
+        return str(error)
+    forced = os.environ.get(ISA_VARIABLE)
+    if not forced:
+        used = f"uses {found[0]}"
+    elif forced in found:
+        used = f"uses {forced}"
+    else:
+        used = f"refuses to run: {forced} is not one of these"
+    return (
+        f"CPU engine: {used} ({ISA_VARIABLE}: {forced or 'not set'})\n"
+        f"  instruction sets here, fastest first: {', '.join(found)}"
+    )
 
 
 def _devices() -> list[str]:

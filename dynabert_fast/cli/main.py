@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dynabert_fast import __version__
 from dynabert_fast.cli import checkpoints, info, quickstart, training
 from dynabert_fast.cli.arguments import PROGRAM, Parser
-from dynabert_fast.errors import InputError
+from dynabert_fast.errors import InputError, MissingPackageError
 
 #: Exit codes: 0 done, 1 the system refused (a full disk), 2 bad input; 130 interrupted and 141
 #: nobody reads the output any more, as a shell reports SIGINT and SIGPIPE.
@@ -40,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a reader that has gone is noticed here, not when Python exits
     except InputError as error:
         code, message = BAD_INPUT, f"error: {error}"
+    except ModuleNotFoundError as error:
+        missing = MissingPackageError.explain(error, f"{PROGRAM} {args.command}")
+        if missing is None:
+            raise
+        code, message = BAD_INPUT, f"error: {missing}"
     except OSError as error:  # SaveError among them
         code, message = _refusal(error)
     except KeyboardInterrupt:

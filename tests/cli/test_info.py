@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import platform
+import sys
 
 import pytest
 import torch
 import transformers
 
 from dynabert_fast import __version__
+from dynabert_fast.engine import ISA_VARIABLE, isas
 from dynabert_fast.evaluation import count_flops, count_parameters
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.ops import use_backend
@@ -24,9 +26,36 @@ def test_versions_devices_and_backends(cli):
     assert lines[1] == f"torch {torch.__version__}, transformers {transformers.__version__}"
     assert lines[2].startswith("devices: cpu")
     assert "(forced: none)" in lines[3]
-    named = [line.split()[0] for line in lines[4:] if line.startswith("  ") and line[2] != " "]
+    end = next(i for i, line in enumerate(lines) if line.startswith("CPU engine: "))
+    named = [line.split()[0] for line in lines[4:end] if line[2] != " "]
     assert named == list(PRIORITY)
     assert f"  reference  serves {len(KERNELS)} of {len(KERNELS)} kernels" in lines
+
+
+@pytest.mark.parametrize("forced", ["", "best", "last", "of another machine"])
+def test_cpu_engine(cli, monkeypatch, forced):
+    found = isas()
+    forced = {"best": found[0], "last": found[-1]}.get(forced, forced)
+    monkeypatch.setenv(ISA_VARIABLE, forced)
+    use = {
+        "": f"uses {found[0]} (DYNABERT_FAST_ISA: not set)",
+        "of another machine": "refuses to run: of another machine is not one of these "
+        "(DYNABERT_FAST_ISA: of another machine)",
+    }.get(forced, f"uses {forced} (DYNABERT_FAST_ISA: {forced})")
+    result = cli("info")
+    assert result.code == 0
+    assert result.out.endswith(
+        f"\nCPU engine: {use}\n  instruction sets here, fastest first: {', '.join(found)}\n"
+    )
+
+
+def test_an_installation_without_the_cpu_engine(cli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dynabert_fast._cpu", None)
+    result = cli("info")
+    assert result.code == 0
+    last = result.out.splitlines()[-1]
+    assert last.startswith("the CPU engine is not available (")
+    assert "DYNABERT_FAST_NATIVE=0" in last
 
 
 def test_forced_backend(cli):

@@ -331,17 +331,17 @@ class Encoder::Pass {
                           w_.positions.data(), x_, x_stride_, operand_};
     rows_phase(thread, number, kEmbed, rows_,
                [&](const Tile& t) { e_.kernels_.embed(embed, t.row, t.row + t.rows); });
-    size_t kept = 0;
     const bool all_hidden = out_.hidden.size() > 1;
-    if (all_hidden) write_hidden(thread, number, out_.hidden[kept++]);
+    auto first = [&](const Group&) { return out_.hidden[0]; };
+    if (all_hidden) write_hidden(thread, number, first);
     for (int layer = 0; layer < shape_.layers(); ++layer) {
       if (layer_plans_[layer]->active.empty()) continue;
       const Layer* layers = e_.model_.layers.data();
       run_layer(thread, number, layers[layer], *layer_plans_[layer],
                 layer + 1 < shape_.layers() ? &layers[layer + 1] : nullptr);
-      if (all_hidden) write_hidden(thread, number, out_.hidden[kept++]);
+      if (all_hidden) write_hidden(thread, number, [&](const Group& g) { return state_after(layer, g); });
     }
-    if (out_.hidden.size() == 1) write_hidden(thread, number, out_.hidden[0]);
+    if (out_.hidden.size() == 1) write_hidden(thread, number, first);
     if (thread == 0 && (out_.pooled || out_.logits)) pool(f32);
   }
 
@@ -438,13 +438,27 @@ class Encoder::Pass {
                [&](const Tile& t) { e_.kernels_.residual_norm(task, t.row, t.row + t.rows); });
   }
 
-  void write_hidden(int thread, int& number, float* to) {
+  /// Where the state of a group goes after a layer; null where its sub-network skips the layer.
+  float* state_after(int layer, const Group& group) const {
+    const auto& layers = group.subnet->layers;
+    const auto at = std::lower_bound(layers.begin(), layers.end(), layer);
+    const size_t state = at - layers.begin() + 1;
+    return at != layers.end() && *at == layer && state < out_.hidden.size() ? out_.hidden[state] : nullptr;
+  }
+
+  /// Copies x to target(group), for the rows of each group for which that is not null.
+  template <class Target>
+  void write_hidden(int thread, int& number, Target&& target) {
     const int tokens = offsets_.back();
     const int count = (tokens + kRowsPerUnit - 1) / kRowsPerUnit;
     phase(thread, number, kPool, count, [&](int unit, bool) {
-      const int end = std::min((unit + 1) * kRowsPerUnit, tokens);
-      for (int row = unit * kRowsPerUnit; row < end; ++row)
-        std::memcpy(to + w_.destination[row] * shape_.hidden, x_ + row * x_stride_, 4 * shape_.hidden);
+      const int begin = unit * kRowsPerUnit, end = std::min(begin + kRowsPerUnit, tokens);
+      for (const Group& g : groups_) {
+        const int from = std::max(begin, g.begin), to = std::min(end, g.end);
+        float* state = from < to ? target(g) : nullptr;
+        for (int row = from; state && row < to; ++row)
+          std::memcpy(state + w_.destination[row] * shape_.hidden, x_ + row * x_stride_, 4 * shape_.hidden);
+      }
     });
   }
 

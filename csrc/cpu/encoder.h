@@ -36,7 +36,8 @@ struct Batch {
 struct Output {
   float* logits = nullptr;  // [B, C]
   float* pooled = nullptr;  // [B, D]
-  // After the embeddings and after each kept layer, or the last one alone: [B, S, D], zero at padding.
+  // After the embeddings and after each layer that a sequence's sub-network keeps, or the last state
+  // alone: [B, S, D]. Padding is left as it is, and so are the states that a shallower one does not have.
   std::vector<float*> hidden;
   double* seconds = nullptr;  // of each stage, [kStages]
 };

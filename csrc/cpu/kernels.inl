@@ -410,39 +410,62 @@ void residual_norm(const NormTask& task, int begin, int end) {
   }
 }
 
-INLINE void add_row(DType dtype, const Table& table, int64_t row, float* x, int columns) {
-  int i = 0;
-  if (dtype == DType::kF32) {
-    const float* from = reinterpret_cast<const float*>(table.data) + row * columns;
-    for (; i + kLanes <= columns; i += kLanes) store(x + i, load<F32>(x + i) + load<F32>(from + i));
-    for (; i < columns; ++i) x[i] += from[i];
-  } else if (dtype == DType::kBf16) {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(table.data) + row * columns;
-    for (; i + kLanes <= columns; i += kLanes)
-      store(x + i, load<F32>(x + i) + from_bf16(load<U16>(from + i)));
-    for (; i < columns; ++i) x[i] += from_bf16(from[i]);
-  } else {
-    const int8_t* from = reinterpret_cast<const int8_t*>(table.data) + row * columns;
-    const float scale = table.scale[row];
-    for (; i + kLanes <= columns; i += kLanes)
-      store(x + i, load<F32>(x + i) + __builtin_convertvector(load<S8>(from + i), F32) * scale);
-    for (; i < columns; ++i) x[i] += from[i] * scale;
+struct TableRow {
+  const char* data;
+  float scale;  // int8
+};
+
+template <DType dtype>
+INLINE TableRow table_row(const Table& table, int64_t row, int columns) {
+  constexpr int element = 4 / group_of(dtype);
+  return {table.data + row * columns * element, dtype == DType::kS8 ? table.scale[row] : 1.f};
+}
+
+template <DType dtype>
+INLINE F32 vector_at(const TableRow& row, int i) {
+  if constexpr (dtype == DType::kF32) return load<F32>(row.data + 4 * i);
+  else if constexpr (dtype == DType::kBf16) return from_bf16(load<U16>(row.data + 2 * i));
+  else return __builtin_convertvector(load<S8>(row.data + i), F32) * row.scale;
+}
+
+template <DType dtype>
+INLINE float value_at(const TableRow& row, int i) {
+  if constexpr (dtype == DType::kF32) return load<float>(row.data + 4 * i);
+  else if constexpr (dtype == DType::kBf16) return from_bf16(load<uint16_t>(row.data + 2 * i));
+  else return load<int8_t>(row.data + i) * row.scale;
+}
+
+template <DType dtype>
+void embed_rows(const EmbedTask& task, int begin, int end) {
+  const Model& m = *task.model;
+  const int hidden = m.shape.hidden;
+  constexpr int element = 4 / group_of(dtype);
+  for (int row = begin; row < end; ++row) {
+    float* x = task.x + row * task.stride;
+    const TableRow word = table_row<dtype>(m.word, task.ids[row], hidden);
+    const TableRow type = table_row<dtype>(m.token_type, task.token_types[row], hidden);
+    const TableRow position = table_row<dtype>(m.position, task.positions[row], hidden);
+    if (row + 1 < end) {  // words lie anywhere in memory
+      const char* next = m.word.data + int64_t{task.ids[row + 1]} * hidden * element;
+      for (int i = 0; i < hidden * element; i += 64) __builtin_prefetch(next + i);
+    }
+    float all = total(hidden, [&](int i) {
+      const F32 v = vector_at<dtype>(word, i) + vector_at<dtype>(type, i) + vector_at<dtype>(position, i);
+      store(x + i, v);
+      return v;
+    });
+    for (int i = hidden / kLanes * kLanes; i < hidden; ++i)
+      all += x[i] = value_at<dtype>(word, i) + value_at<dtype>(type, i) + value_at<dtype>(position, i);
+    normalise(x, hidden, all, m.embedding_norm, m.shape.eps);
+    if (dtype != DType::kF32) operand_row(dtype, x, task.out, row, hidden);
   }
 }
 
 void embed(const EmbedTask& task, int begin, int end) {
-  const Model& m = *task.model;
-  const int hidden = m.shape.hidden;
-  for (int row = begin; row < end; ++row) {
-    float* x = task.x + row * task.stride;
-    __builtin_memset(x, 0, sizeof(float) * hidden);
-    add_row(task.dtype, m.word, task.ids[row], x, hidden);
-    add_row(task.dtype, m.token_type, task.token_types[row], x, hidden);
-    add_row(task.dtype, m.position, task.positions[row], x, hidden);
-    float all = total(hidden, [&](int i) { return load<F32>(x + i); });
-    for (int i = hidden / kLanes * kLanes; i < hidden; ++i) all += x[i];
-    normalise(x, hidden, all, m.embedding_norm, m.shape.eps);
-    if (task.dtype != DType::kF32) operand_row(task.dtype, x, task.out, row, hidden);
+  switch (task.dtype) {
+    case DType::kF32: return embed_rows<DType::kF32>(task, begin, end);
+    case DType::kBf16: return embed_rows<DType::kBf16>(task, begin, end);
+    case DType::kS8: return embed_rows<DType::kS8>(task, begin, end);
   }
 }
 

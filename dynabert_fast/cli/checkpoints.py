@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynabert_fast.cli import arguments as shared
+from dynabert_fast.engine import DTYPES
 from dynabert_fast.errors import InputError
 
 
@@ -19,7 +20,8 @@ def add_commands(commands: Any) -> None:
         """
 dynabert-fast evaluate sst2/dynabert --task sst2 --data-dir glue/SST-2 --output sst2-grid
 dynabert-fast evaluate out --dev-file dev.csv --text-column text --label-column label
-dynabert-fast evaluate out --task rte --data-dir glue --subnets w0.50-d0.75,w0.25-d0.50""",
+dynabert-fast evaluate out --task rte --data-dir glue --subnets w0.50-d0.75,w0.25-d0.50
+dynabert-fast evaluate sst2/dynabert --task sst2 --data-dir glue/SST-2 --engine int8""",
         _evaluate,
     )
     parser.add_argument("checkpoint", help="folder or hub id")
@@ -32,6 +34,11 @@ dynabert-fast evaluate out --task rte --data-dir glue --subnets w0.50-d0.75,w0.2
     )
     parser.add_argument(
         "--subnets", metavar="LIST", help="names of sub-networks instead of the grid, by commas"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=DTYPES,
+        help="evaluate the CPU engine with weights of that type instead of the torch model",
     )
     parser.add_argument(
         "--eval-batch-size",
@@ -65,7 +72,7 @@ dynabert-fast export sst2/dynabert --subnet l0+2-h12+6-n1536+768 --output sst2-o
 
 def _evaluate(args: argparse.Namespace) -> None:
     shared.quiet_libraries()
-    from dynabert_fast.evaluation import evaluate_grid
+    from dynabert_fast.evaluation import PackedModel, evaluate_grid
     from dynabert_fast.files import old_or_new_folder
     from dynabert_fast.subnet import Subnet, grid
     from dynabert_fast.training.pipeline import check_length, load_config, load_model, write_grid
@@ -79,8 +86,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         subnets = grid(config, args.widths, args.depths)
     check_length("latency_length", args.latency_length, config)
     data, encoded = shared.prepare(args, args.checkpoint, only_dev=True)
+    model = load_model(args.checkpoint)
     result = evaluate_grid(
-        load_model(args.checkpoint),
+        PackedModel(model, args.engine) if args.engine else model,
         encoded.dev,
         encoded.collator,
         subnets,

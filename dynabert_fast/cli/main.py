@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from dynabert_fast import __version__
-from dynabert_fast.cli import checkpoints, info, quickstart, training
+from dynabert_fast.cli import bench, checkpoints, info, quickstart, training
 from dynabert_fast.cli.arguments import PROGRAM, Parser
 from dynabert_fast.errors import InputError, MissingPackageError
 
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (quickstart, training, checkpoints, info):
+    for module in (quickstart, training, checkpoints, bench, info):
         module.add_commands(commands)
     return parser
 

@@ -13,7 +13,12 @@ from dynabert_fast.evaluation.grid import (
     score_grid,
     total_score,
 )
-from dynabert_fast.evaluation.latency import Latency, environment, measure_latency
+from dynabert_fast.evaluation.latency import (
+    Latency,
+    PackedModel,
+    environment,
+    measure_latency,
+)
 from dynabert_fast.evaluation.metrics import compute_metrics, primary_metric
 from dynabert_fast.evaluation.report import write_report
 
@@ -22,6 +27,7 @@ __all__ = [
     "Cell",
     "Grid",
     "Latency",
+    "PackedModel",
     "compute_metrics",
     "count_flops",
     "count_parameters",

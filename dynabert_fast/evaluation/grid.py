@@ -19,7 +19,13 @@ from tqdm.auto import tqdm
 
 from dynabert_fast.errors import InputError, SaveError
 from dynabert_fast.evaluation.cost import count_flops, count_parameters
-from dynabert_fast.evaluation.latency import Latency, environment, inference, measure_latency
+from dynabert_fast.evaluation.latency import (
+    Latency,
+    PackedModel,
+    environment,
+    inference,
+    measure_latency,
+)
 from dynabert_fast.evaluation.metrics import compute_metrics, primary_metric
 
 if TYPE_CHECKING:
@@ -309,7 +315,7 @@ def predict(
     Returns:
         The logits in the data set's order, float32 `[n, num_labels]`.
     """
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     logits = []
     with inference(model):
         for batch in batches.inputs:
@@ -363,7 +369,7 @@ def total_score(scores: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def evaluate_grid(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PackedModel,
     dataset: EncodedDataset,
     collator: Collator,
     subnets: Sequence[Subnet],

@@ -8,18 +8,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
+from torch import nn
 from tqdm.auto import tqdm
 
 from dynabert_fast import __version__
 from dynabert_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from dynabert_fast.subnet import Subnet
@@ -38,6 +38,29 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+class PackedModel(nn.Module):
+    """A model whose calls its CPU engine answers: measures the engine as the model is measured.
+
+    Args:
+        model: The model to pack.
+        dtype: Of the engine: `fp32`, `bf16` or `int8`.
+
+    Raises:
+        InputError: The type is unknown, or the weights cannot be packed.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: str) -> None:
+        super().__init__()
+        self.config = model.config
+        self.device = torch.device("cpu")
+        self.dtype = dtype
+        self.engine = model.pack(dtype, threads=torch.get_num_threads())
+
+    def forward(self, **inputs: Any) -> Any:
+        """The engine's output."""
+        return self.engine(**inputs)
+
+
 @dataclass(frozen=True)
 class Latency:
     """Wall-clock time of one forward pass in milliseconds: median and 10th and 90th percentile."""
@@ -48,7 +71,7 @@ class Latency:
 
 
 def measure_latency(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PackedModel,
     subnets: Sequence[Subnet],
     batch_size: int = 1,
     length: int = 128,
@@ -113,7 +136,7 @@ def measure_latency(
     return {subnet: _summary(elapsed) for subnet, elapsed in times.items()}
 
 
-def environment(model: PreTrainedModel) -> dict[str, str]:
+def environment(model: PreTrainedModel | PackedModel) -> dict[str, str]:
     """Describe what a measurement depends on: device, threads, dtype and versions.
 
     Returns:
@@ -126,7 +149,11 @@ def environment(model: PreTrainedModel) -> dict[str, str]:
         "device": torch.cuda.get_device_name(model.device) if on_gpu else cpu,
         "cpu": cpu,
         "threads": str(torch.get_num_threads()),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": (
+            f"{model.dtype} ({model.engine.isa} engine)"
+            if isinstance(model, PackedModel)
+            else str(model.dtype).removeprefix("torch.")
+        ),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -135,7 +162,7 @@ def environment(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _random_tokens(
-    model: PreTrainedModel, rng: np.random.Generator, batch_size: int, length: int
+    model: PreTrainedModel | PackedModel, rng: np.random.Generator, batch_size: int, length: int
 ) -> torch.Tensor:
     """Draw `[B, S]` token ids, any but the padding token, on the model's device."""
     config = model.config

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -54,6 +55,19 @@ def test_prints_the_table_and_writes_nothing(evaluate, checkpoints, sources, tmp
     assert "| **0.25** |" in table
     assert "batch 1, length 16" in table
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("engine", ["fp32", "int8"])
+def test_evaluates_the_engine(evaluate, checkpoints, sources, engine):
+    model = rows(evaluate(checkpoints["classifier"], *sources["classes"], *GRID))
+    table = evaluate(checkpoints["classifier"], *sources["classes"], *GRID, "--engine", engine)
+    assert re.search(rf"length 16, {engine} \(\w+ engine\), on", table)
+    packed = rows(table)
+    assert list(packed) == list(model)
+    # Parameters and FLOPs are the model's; the accuracy is too, in float32.
+    assert [cells[1:3] for cells in packed.values()] == [cells[1:3] for cells in model.values()]
+    if engine == "fp32":
+        assert [cells[0] for cells in packed.values()] == [cells[0] for cells in model.values()]
 
 
 def test_writes_the_grid_and_the_report(evaluate, checkpoints, sources, tmp_path):

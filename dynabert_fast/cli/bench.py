@@ -1,0 +1,156 @@
+"""`bench`: how fast the CPU engine runs here, and what it spends its time on."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynabert_fast.cli import arguments as shared
+from dynabert_fast.engine import DTYPES
+from dynabert_fast.subnet import Subnet, grid
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dynabert_fast.engine import CpuEngine
+
+_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command."""
+    parser = shared.add_command(
+        commands,
+        "bench",
+        "measure the CPU engine's sub-networks here, or where the time of one goes",
+        """
+dynabert-fast bench sst2/dynabert --dtype int8
+dynabert-fast bench sst2.dynabert --length 32 --threads 2
+dynabert-fast bench sst2/dynabert --profile --subnet w0.25-d0.50""",
+        _bench,
+    )
+    add = parser.add_argument
+    add("model", help="a checkpoint's folder or hub id, or a packed file")
+    add("--dtype", choices=DTYPES, help="pack the checkpoint so (default int8)")
+    add("--subnet", metavar="NAME", help="one sub-network instead of the grid (w0.50-d0.75)")
+    add("--batch-size", type=shared.COUNT, default=1, metavar="N", help="sequences (default 1)")
+    add("--length", type=shared.COUNT, default=128, metavar="N", help="tokens each (default 128)")
+    add("--threads", type=shared.COUNT, metavar="N", help="threads (default: all there are)")
+    add("--rounds", type=shared.COUNT, default=20, metavar="N", help="timed calls (default 20)")
+    add(
+        "--profile",
+        action="store_true",
+        help="time, share of this processor's peak, and weights read, of each stage",
+    )
+
+
+def _bench(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    engine = _open(args)
+    config = engine.config
+    subnets = [Subnet.parse(config, args.subnet)] if args.subnet else list(grid(config))
+    shape = (args.batch_size, args.length)
+    ids = np.random.default_rng(0).integers(1, max(2, config.vocab_size), shape) % config.vocab_size
+    print(f"{engine}; batch {args.batch_size}, length {args.length}, median of {args.rounds} calls")
+    if args.profile:
+        for subnet in subnets[:1]:
+            print(profile(engine, subnet, ids, args.rounds))
+        return
+    seconds = _times(engine, subnets, ids, args.rounds)
+    full = seconds[0]
+    for subnet, median in zip(subnets, seconds, strict=True):
+        ratio = "" if args.subnet else f"  x{full / median:.2f}"
+        print(f"  {subnet}  {1e3 * median:8.2f} ms{ratio}")
+
+
+def _open(args: argparse.Namespace) -> CpuEngine:
+    from dynabert_fast.engine import load
+    from dynabert_fast.errors import InputError
+
+    if Path(args.model).is_file():
+        if args.dtype:
+            raise InputError("a packed file has its type already; leave --dtype out")
+        return load(args.model, args.threads)
+    shared.quiet_libraries()
+    from dynabert_fast.training.pipeline import load_model
+
+    return load_model(args.model).pack(args.dtype or "int8", args.threads)
+
+
+def _times(engine: CpuEngine, subnets: list[Subnet], ids: np.ndarray, rounds: int) -> list[float]:
+    """Median seconds of each sub-network; one round runs each of them once."""
+    import numpy as np
+
+    times = np.empty((rounds, len(subnets)))
+    for done in range(-3, rounds):
+        for i, subnet in enumerate(subnets):
+            start = time.perf_counter()
+            engine(ids, subnet=subnet)
+            if done >= 0:
+                times[done, i] = time.perf_counter() - start
+    return list(np.median(times, axis=0))
+
+
+def profile(engine: CpuEngine, subnet: Subnet, ids: np.ndarray, rounds: int) -> str:
+    """A table of the stages of one sub-network.
+
+    The peak is the matrix kernel's own, measured now on data in the first-level cache, times the
+    engine's threads. Operations are multiplications and additions, of the linear maps and of
+    attention.
+    """
+    import numpy as np
+
+    from dynabert_fast.engine import measure_peak
+
+    config = engine.config
+    samples: dict[str, list[float]] = {}
+    whole = []
+    for done in range(-3, rounds):
+        start = time.perf_counter()
+        seconds = engine(ids, subnet=subnet, profile=True).seconds
+        if done >= 0:
+            whole.append(time.perf_counter() - start)
+            for name, value in seconds.items():
+                samples.setdefault(name, []).append(value)
+    stages = {name: float(np.median(values)) for name, values in samples.items()}
+    dtype = config.dtype
+    peak = measure_peak(dtype, engine.isa) * engine.threads
+    attention_peak = (
+        measure_peak("fp32" if dtype == "fp32" else "bf16", engine.isa) * engine.threads
+    )
+    tokens, length, hidden = ids.size, ids.shape[1], config.hidden_size
+    heads = sum(subnet.heads) * config.head_size
+    weights = {
+        "qkv": 3 * heads * hidden,
+        "out": heads * hidden,
+        "up": sum(subnet.neurons) * hidden,
+        "down": sum(subnet.neurons) * hidden,
+    }
+    lines = [f"{subnet}: {1e3 * float(np.median(whole)):.2f} ms a call"]
+    lines.append(f"  {'stage':<10}{'ms':>9}{'of call':>9}{'GOP/s':>9}{'of peak':>9}{'MB':>9}")
+    total = sum(stages.values())
+
+    def row(name: str, seconds: float, operations: float, bound: float, size: float) -> str:
+        line = f"  {name:<10}{1e3 * seconds:9.3f}{seconds / total:9.1%}"
+        if operations and seconds:
+            rate = operations / seconds
+            line += f"{rate / 1e9:9.0f}{rate / bound:9.1%}"
+            line += f"{size / 1e6:9.2f}" if size else ""
+        return line
+
+    for name, seconds in stages.items():
+        if name == "attention":
+            lines.append(row(name, seconds, 4 * tokens * length * heads, attention_peak, 0))
+        else:
+            count = weights.get(name, 0)
+            size = count * _ELEMENT_BYTES[dtype]
+            lines.append(row(name, seconds, 2 * tokens * count, peak, size))
+    linear = sum(stages[name] for name in weights)
+    operations = 2 * tokens * sum(weights.values())
+    size = sum(weights.values()) * _ELEMENT_BYTES[dtype]
+    lines.append(row("linear", linear, operations, peak, size))
+    lines.append(f"  peak: {peak / 1e9:.0f} GOP/s {dtype}, {engine.threads} threads ({engine.isa})")
+    return "\n".join(lines)

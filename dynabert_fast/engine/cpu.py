@@ -174,7 +174,7 @@ class CpuEngine:
             token_type_ids: `[B, S]`; default 0.
             position_ids: `[B, S]`; default the family's rule.
             subnet: One sub-network, or one for each sequence; default the whole model.
-            output_hidden_states: Also return all hidden states; all sequences must keep the same
+            output_hidden_states: Also return all hidden states; all sequences must keep as many
                 layers.
             lengths: `[B]` real tokens at the start of each row, instead of a mask.
             profile: Also measure the time of each stage (numpy input only).
@@ -200,12 +200,11 @@ class CpuEngine:
             raise InputError("profile needs input_ids as a numpy array or lists, got a tensor")
         if output_hidden_states:
             if len(layers) > 1:
-                kept = " and ".join(str(list(group)) for group in sorted(layers))
                 raise InputError(
-                    f"output_hidden_states needs sub-networks of the same layers, got {kept}; "
-                    "make one call for each"
+                    "output_hidden_states needs sub-networks of one depth, got "
+                    f"{' and '.join(map(str, sorted(layers)))} layers; make one call for each"
                 )
-            states = 1 + max(map(len, layers), default=0)
+            states = 1 + max(layers, default=0)
         else:
             states = 0 if self.config.num_labels else 1
         optional = (
@@ -245,13 +244,12 @@ class CpuEngine:
 
     def _choose(
         self, subnet: Subnet | Sequence[Subnet] | None, batch: int
-    ) -> tuple[np.ndarray, set[tuple[int, ...]]]:
-        """The number of each sequence's sub-network, and the layers that they keep."""
+    ) -> tuple[np.ndarray, set[int]]:
+        """The number of each sequence's sub-network, and how many layers they keep."""
         if subnet is None:
-            layers = tuple(range(len(self.config.layer_heads)))
-            return np.full(batch, self._full, np.int32), {layers}
+            return np.full(batch, self._full, np.int32), {len(self.config.layer_heads)}
         if isinstance(subnet, Subnet):
-            return np.full(batch, self._number(subnet), np.int32), {subnet.layers}
+            return np.full(batch, self._number(subnet), np.int32), {len(subnet.layers)}
         given: list[Any] = list(subnet) if isinstance(subnet, list | tuple) else [subnet]
         numbers = np.fromiter((self._number(s) for s in given), np.int32, len(given))
         if len(given) != batch:
@@ -259,7 +257,7 @@ class CpuEngine:
                 "there must be one sub-network, or one for each of "
                 f"{batch} sequences, got {len(given)}"
             )
-        return numbers, {s.layers for s in given}
+        return numbers, {len(s.layers) for s in given}
 
 
 def _is_tensor(values: Any) -> bool:

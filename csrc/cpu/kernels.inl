@@ -28,6 +28,12 @@ struct DotBf16 {
   INLINE Acc step(Acc acc, Word a, U32 b) {
     return _mm512_dpbf16_ps(acc, bits<__m512bh>(a), bits<__m512bh>(b));
   }
+#elif defined(ISA_NEON) && defined(__ARM_FEATURE_BF16)
+  typedef U32 Word;
+  INLINE Word spread(const char* a) { return broadcast_word(a); }
+  INLINE Acc step(Acc acc, Word a, U32 b) {
+    return vbfdotq_f32(acc, bits<bfloat16x8_t>(a), bits<bfloat16x8_t>(b));
+  }
 #else
   struct Word {
     F32 low, high;
@@ -46,6 +52,11 @@ struct DotBf16 {
 // A is unsigned (value + 128), B signed; the sum is exact in 32 bits for K up to 2^16.
 struct DotS8 {
   typedef I32 Acc;
+#if defined(ISA_NEON) && !defined(__ARM_FEATURE_MATMUL_INT8)
+  static constexpr bool kCompensates = true;  // takes the 128 from A itself
+#else
+  static constexpr bool kCompensates = false;
+#endif
 #if defined(__AVX512VNNI__)
   typedef U32 Word;
   INLINE Word spread(const char* a) { return broadcast_word(a); }
@@ -73,6 +84,20 @@ struct DotS8 {
     return acc + bits<I32>(_mm256_madd_epi16(bits<__m256i>(a.even), even)) +
            bits<I32>(_mm256_madd_epi16(bits<__m256i>(a.odd), odd));
 #endif
+  }
+#elif defined(ISA_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
+  typedef U32 Word;
+  INLINE Word spread(const char* a) { return broadcast_word(a); }
+  INLINE Acc step(Acc acc, Word a, U32 b) { return vusdotq_s32(acc, bits<uint8x16_t>(a), bits<int8x16_t>(b)); }
+#elif defined(ISA_NEON)
+  // Products of signed bytes: two of them fit 16 bits, as B is at least -127.
+  typedef U32 Word;
+  INLINE Word spread(const char* a) { return broadcast_word(a) ^ 0x80808080u; }
+  INLINE Acc step(Acc acc, Word a, U32 b) {
+    const int8x16_t signed_a = bits<int8x16_t>(a), signed_b = bits<int8x16_t>(b);
+    const int16x8_t low = vmull_s8(vget_low_s8(signed_a), vget_low_s8(signed_b));
+    const int16x8_t high = vmull_high_s8(signed_a, signed_b);
+    return vpadalq_s16(acc, vpaddq_s16(low, high));
   }
 #else
   struct Word {
@@ -267,11 +292,11 @@ void linear_panel(const LinearTask& task, const Tile* tiles, int count, int pane
     const int rows = m.contracts ? tile.extent : m.rows;
     const int words = words_of(dtype, m, rows);
     Start<Acc> start{};
-    if constexpr (dtype == DType::kS8)
+    if constexpr (dtype != DType::kS8)
+      start.first = reinterpret_cast<const Acc*>(m.bias + column);
+    else if constexpr (!Dot::kCompensates)
       start.first = reinterpret_cast<const Acc*>(
           m.compensation + ((rows + m.block - 1) / m.block - 1) * int64_t{m.padded_columns()} + column);
-    else
-      start.first = reinterpret_cast<const Acc*>(m.bias + column);
     if (next && t < lines) {  // the tiles share the lines of a row: the last fetches the rest
       start.next = next;
       const int sharers = count < lines ? count : lines;

@@ -41,6 +41,9 @@ INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 #elif defined(__AVX2__)
 INLINE F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
 INLINE F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
+#elif defined(ISA_NEON)
+INLINE F32 max(F32 a, F32 b) { return vmaxq_f32(a, b); }
+INLINE F32 min(F32 a, F32 b) { return vminq_f32(a, b); }
 #else
 INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
 INLINE F32 min(F32 a, F32 b) { return a < b ? a : b; }
@@ -67,6 +70,8 @@ INLINE uint16_t to_bf16(float value) {
 INLINE U16 to_bf16(F32 a) {
 #if defined(__AVX512BF16__)
   return bits<U16>(_mm512_cvtneps_pbh(a));
+#elif defined(ISA_NEON) && defined(__ARM_FEATURE_BF16)
+  return bits<U16>(vcvt_bf16_f32(a));
 #else
   const U32 u = bits<U32>(a);
   const U32 rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;

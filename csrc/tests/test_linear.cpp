@@ -187,6 +187,19 @@ std::vector<bool> outputs_of(DType dtype) {
 
 int whole_block(DType dtype, int rows) { return round_up_to(rows, group_of(dtype)); }
 
+TEST(instruction_sets) {
+  // The others of this file run on each of these.
+  std::vector<std::string> names;
+  std::printf("this processor has");
+  for (const Kernels* kernels : available_kernels()) {
+    CHECK(std::find(names.begin(), names.end(), kernels->name) == names.end());
+    names.push_back(kernels->name);
+    std::printf(" %s", kernels->name);
+  }
+  std::printf("\n");
+  CHECK(!names.empty() && names.back() == "portable");
+}
+
 TEST(expand_each_extent) {
   Random random(1);
   for (DType dtype : kDTypes)

@@ -28,7 +28,7 @@ struct DotBf16 {
   INLINE Acc step(Acc acc, Word a, U32 b) {
     return _mm512_dpbf16_ps(acc, bits<__m512bh>(a), bits<__m512bh>(b));
   }
-#elif defined(ISA_NEON) && defined(__ARM_FEATURE_BF16)
+#elif defined(ISA_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
   typedef U32 Word;
   INLINE Word spread(const char* a) { return broadcast_word(a); }
   INLINE Acc step(Acc acc, Word a, U32 b) {

@@ -70,7 +70,7 @@ INLINE uint16_t to_bf16(float value) {
 INLINE U16 to_bf16(F32 a) {
 #if defined(__AVX512BF16__)
   return bits<U16>(_mm512_cvtneps_pbh(a));
-#elif defined(ISA_NEON) && defined(__ARM_FEATURE_BF16)
+#elif defined(ISA_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
   return bits<U16>(vcvt_bf16_f32(a));
 #else
   const U32 u = bits<U32>(a);

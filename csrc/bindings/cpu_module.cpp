@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "../cpu/encoder.h"
+#include "../cpu/ops.h"
 
 namespace py = pybind11;
 using namespace dynabert;
@@ -139,6 +140,68 @@ double peak(const std::string& dtype, const std::string& isa, double seconds) {
   return done / elapsed;
 }
 
+// ---- ops on tensors: addresses and strides from the adapter, which keeps the tensors alive ----
+
+typedef std::tuple<uintptr_t, int64_t> Address;  // of the first value, and elements between rows
+
+View view_of(const Address& address) {
+  return {reinterpret_cast<char*>(std::get<0>(address)), std::get<1>(address)};
+}
+
+const char* pointer(uintptr_t address) { return reinterpret_cast<const char*>(address); }
+
+std::vector<Block> blocks_of(const std::vector<int>& extents, const std::vector<int64_t>& rows) {
+  std::vector<Block> blocks;
+  for (size_t i = 0; i < extents.size(); ++i) blocks.push_back({rows[i], extents[i]});
+  return blocks;
+}
+
+DType tensor_type(bool bf16) { return bf16 ? DType::kBf16 : DType::kF32; }
+
+void bind_ops(py::module_& m) {
+  typedef const std::vector<int>& Extents;
+  typedef const std::vector<int64_t>& Rows;
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  py::class_<Ops>(m, "Ops")
+      .def(py::init([](int threads, const std::string& isa) {
+             return std::make_unique<Ops>(threads, find_kernels(isa));
+           }),
+           py::arg("threads"), py::arg("isa"))
+      .def("expand",
+           [](Ops& ops, bool bf16, Address x, Address weight, uintptr_t bias, int depth, Extents extents, Rows rows,
+              int activation, Address out, Address pre) {
+             ops.expand(tensor_type(bf16), view_of(x), view_of(weight), pointer(bias), depth, blocks_of(extents, rows),
+                        static_cast<Activation>(activation), view_of(out), view_of(pre));
+           },
+           release)
+      .def("contract",
+           [](Ops& ops, bool bf16, Address x, Address weight_t, uintptr_t bias, int columns, Extents extents,
+              Rows rows, Address out) {
+             ops.contract(tensor_type(bf16), view_of(x), view_of(weight_t), pointer(bias), columns,
+                          blocks_of(extents, rows), view_of(out));
+           },
+           release)
+      .def("weight_gradient",
+           [](Ops& ops, bool bf16, Address left, Address right, int columns, Extents extents, Rows rows,
+              int weight_rows, Address out) {
+             ops.weight_gradient(tensor_type(bf16), view_of(left), view_of(right), columns, blocks_of(extents, rows),
+                                 weight_rows, view_of(out));
+           },
+           release)
+      .def("column_sums",
+           [](Ops& ops, bool bf16, Address x, Extents extents, Rows rows, int columns, uintptr_t sums) {
+             ops.column_sums(tensor_type(bf16), view_of(x), blocks_of(extents, rows), columns,
+                             reinterpret_cast<float*>(sums));
+           },
+           release)
+      .def("slope",
+           [](Ops& ops, bool bf16, int activation, Address grad, Address pre, Extents extents, Rows rows, Address out) {
+             ops.slope(tensor_type(bf16), static_cast<Activation>(activation), view_of(grad), view_of(pre),
+                       blocks_of(extents, rows), view_of(out));
+           },
+           release);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -164,4 +227,5 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("subnets"), py::arg("hidden_states"), py::arg("pooled"), py::arg("profile"))
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("isa", &Engine::isa);
+  bind_ops(m);
 }

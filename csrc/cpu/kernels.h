@@ -63,6 +63,38 @@ struct AttentionTask {
   int head_size;
 };
 
+// ---- ops on ordinary tensors: float32 or bf16, rows of adjacent values ----
+
+/// Rows of A and what becomes of them: `words` of K are summed, `columns` of C are written.
+struct ProductTile {
+  int row, rows, words, columns;
+};
+
+/// One panel of C = A x B + bias.
+struct ProductTask {
+  DType dtype;
+  const char* a;         // rows of words along K
+  int64_t a_stride;      // bytes
+  const char* panel;     // of B
+  const float* bias;     // of the panel's 64 columns; null for none
+  char* out;
+  int64_t out_stride;    // elements
+  char* pre;             // the sums before the activation; null where not wanted
+  int64_t pre_stride;
+  int column;            // of C, the panel's first
+  Activation activation;
+};
+
+/// out = grad * activation'(pre)
+struct SlopeTask {
+  DType dtype;
+  Activation activation;
+  const char *grad, *pre;
+  char* out;
+  int64_t grad_stride, pre_stride, out_stride;  // elements
+  int columns;
+};
+
 /// Everything an instruction set computes. `scratch` is 64-byte aligned, `attention_scratch` bytes.
 struct Kernels {
   const char* name;
@@ -82,6 +114,18 @@ struct Kernels {
   void (*tanh)(float* values, int64_t count);
   /// Multiply-adds of a register block on data in L1, to measure the peak: returns operations done.
   int64_t (*peak)(DType dtype, int64_t repeats);
+
+  /// One panel of B from `count` rows along K, of `columns` <= 64 values each (strides in bytes).
+  void (*panel_from_rows)(DType, const char* from, int64_t stride, int count, int columns, char* to);
+  /// One panel of B from its `columns` <= 64 columns, each a row of `count` values along K.
+  void (*panel_from_columns)(DType, const char* from, int64_t stride, int count, int columns, char* to);
+  /// Rows of A from `count` rows along K of `columns` values each: the transpose, in words along K.
+  void (*rows_from_columns)(DType, const char* from, int64_t stride, int count, int columns, char* to,
+                            int64_t to_stride);
+  void (*product)(const ProductTask&, const ProductTile* tiles, int count);
+  void (*slope)(const SlopeTask&, int begin, int end);
+  /// sums[columns <= 64] += the sum over rows, in a fixed order.
+  void (*add_rows)(DType, const char* from, int64_t stride, int rows, int columns, float* sums);
 };
 
 /// Bytes of scratch that `attention` needs for a sequence of that length.

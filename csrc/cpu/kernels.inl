@@ -514,11 +514,8 @@ void hyperbolic_tangent(float* values, int64_t count) {
 
 // ---- attention of one head of one sequence ----
 
-/// 4 x 4 or larger squares of words, transposed in registers.
-INLINE void transpose(const char* from, int64_t stride, char* to) {
-  U32 row[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) row[i] = load<U32>(from + i * stride);
+/// kLanes rows of words in registers to kLanes columns.
+INLINE void transpose_words(U32 (&row)[kLanes]) {
   // Butterflies: step s exchanges what lies s apart in row and column.
 #pragma GCC unroll 4
   for (int s = 1; s < kLanes; s *= 2) {
@@ -535,6 +532,13 @@ INLINE void transpose(const char* from, int64_t stride, char* to) {
       row[i + s] = __builtin_shuffle(a, b, high);
     }
   }
+}
+
+INLINE void transpose(const char* from, int64_t stride, char* to) {
+  U32 row[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) row[i] = load<U32>(from + i * stride);
+  transpose_words(row);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) store(to + i * int64_t{kPanelRowBytes}, row[i]);
 }
@@ -697,6 +701,8 @@ void attention(const AttentionTask& task, int head, int begin, int end, int quer
   else attend<false>(task, head, begin, end, query_begin, query_end, scratch);
 }
 
+#include "products.inl"
+
 // ---- the peak of the register block ----
 
 template <class Dot>
@@ -725,7 +731,8 @@ int64_t peak(DType dtype, int64_t repeats) {
 
 const Kernels& kernels() {
   static const Kernels table = {ISA_NAME, linear,    residual_norm, embed,
-                                quantise, attention, convert,       hyperbolic_tangent, peak};
+                                quantise, attention, convert,       hyperbolic_tangent, peak,
+                                panel_from_rows, panel_from_columns, rows_from_columns, product, slope, add_rows};
   return table;
 }
 

@@ -1,0 +1,271 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+namespace dynabert {
+namespace {
+
+// Units of work a thread, so that none waits long for another at the end.
+constexpr int kUnitsPerThread = 4;
+constexpr int kRowsPerUnit = 16;
+
+int64_t element_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+int largest(const std::vector<Block>& blocks) {
+  int most = 0;
+  for (const Block& b : blocks)
+    if (b.rows > 0) most = std::max(most, b.extent);
+  return most;
+}
+
+int64_t total_rows(const std::vector<Block>& blocks) {
+  int64_t rows = 0;
+  for (const Block& b : blocks) rows += b.rows;
+  return rows;
+}
+
+/// Every block in tiles of at most 6 rows whose sizes differ by one at most.
+template <class Words, class Columns>
+std::vector<ProductTile> tiles_of(const std::vector<Block>& blocks, Words words, Columns columns) {
+  std::vector<ProductTile> tiles;
+  int64_t begin = 0;
+  for (const Block& b : blocks) {
+    const int64_t count = (b.rows + kTileRows - 1) / kTileRows;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = b.rows * i / count, next = b.rows * (i + 1) / count;
+      tiles.push_back({static_cast<int>(begin + first), static_cast<int>(next - first), words(b), columns(b)});
+    }
+    begin += b.rows;
+  }
+  return tiles;
+}
+
+/// A bias as float32, zero up to whole panels.
+const float* float_bias(DType dtype, const char* bias, int count, Buffer& buffer) {
+  if (!bias) return nullptr;
+  float* to = reinterpret_cast<float*>(buffer.reserve(4 * round_up(count, kPanelColumns)));
+  for (int i = 0; i < count; ++i) {
+    if (dtype == DType::kF32) {
+      std::memcpy(to + i, bias + 4 * i, 4);
+    } else {
+      uint16_t narrow;
+      std::memcpy(&narrow, bias + 2 * i, 2);
+      const uint32_t wide = static_cast<uint32_t>(narrow) << 16;
+      std::memcpy(to + i, &wide, 4);
+    }
+  }
+  std::fill(to + count, to + round_up(count, kPanelColumns), 0.f);
+  return to;
+}
+
+}  // namespace
+
+/// Deals units out in stretches, then lets threads that are done help: work(unit, thread).
+template <class Work>
+void Ops::deal(int64_t count, Work&& work) {
+  const int threads = team_.size();
+  std::vector<std::atomic<int64_t>> counters(threads);
+  team_.run([&](int thread) {
+    for (int i = 0; i < threads; ++i) {
+      const int owner = (thread + i) % threads;
+      const int64_t begin = count * owner / threads, end = count * (owner + 1) / threads;
+      for (int64_t unit; (unit = begin + counters[owner].fetch_add(1, std::memory_order_relaxed)) < end;)
+        work(unit, thread);
+    }
+  });
+}
+
+void Ops::expand(DType dtype, View x, View weight, const char* bias, int depth, const std::vector<Block>& blocks,
+                 Activation activation, View out, View pre) {
+  std::lock_guard<std::mutex> lock(turn_);
+  const int64_t element = element_of(dtype), rows = total_rows(blocks);
+  const int group = group_of(dtype), columns = largest(blocks), words = (depth + group - 1) / group;
+  if (!rows || !columns) return;
+  const float* wide_bias = float_bias(dtype, bias, columns, shared_[0]);
+  const char* a = x.data;
+  int64_t a_stride = x.stride * element;
+  if (depth % group) {  // the last word of a row would reach into the next
+    a_stride = words * int64_t{kWordBytes};
+    char* copy = shared_[1].reserve(rows * a_stride);
+    std::memset(copy, 0, rows * a_stride);
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(copy + r * a_stride, x.data + r * x.stride * element, depth * element);
+    a = copy;
+  }
+  const auto tiles =
+      tiles_of(blocks, [&](const Block&) { return words; }, [](const Block& b) { return b.extent; });
+  const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns, count = static_cast<int64_t>(tiles.size());
+  const int64_t chunks = std::min((kUnitsPerThread * team_.size() + panels - 1) / panels, count);
+  for (Buffer& b : scratch_) b.reserve(words * int64_t{kPanelRowBytes});
+  std::vector<int64_t> packed(team_.size(), -1);  // the panel that each thread's scratch holds
+  deal(panels * chunks, [&](int64_t unit, int thread) {
+    const int64_t panel = unit / chunks, chunk = unit % chunks;
+    const int column = static_cast<int>(panel * kPanelColumns);
+    char* scratch = scratch_[thread].data();
+    if (packed[thread] != panel) {
+      kernels_.panel_from_columns(dtype, weight.data + column * weight.stride * element, weight.stride * element, depth,
+                                  std::min(columns - column, kPanelColumns), scratch);
+      packed[thread] = panel;
+    }
+    const ProductTask task{dtype, a, a_stride, scratch, wide_bias ? wide_bias + column : nullptr, out.data, out.stride,
+                           pre.data, pre.stride, column, activation};
+    const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
+    kernels_.product(task, tiles.data() + first, static_cast<int>(last - first));
+  });
+}
+
+void Ops::contract(DType dtype, View x, View weight_t, const char* bias, int columns,
+                   const std::vector<Block>& blocks, View out) {
+  std::lock_guard<std::mutex> lock(turn_);
+  const int64_t element = element_of(dtype), rows = total_rows(blocks);
+  const int group = group_of(dtype), depth = largest(blocks), words = (depth + group - 1) / group;
+  if (!rows || !columns) return;
+  const float* wide_bias = float_bias(dtype, bias, columns, shared_[0]);
+  const char* a = x.data;
+  int64_t a_stride = x.stride * element;
+  const bool odd = std::any_of(blocks.begin(), blocks.end(), [&](const Block& b) { return b.extent % group; });
+  if (odd) {  // the last word of a prefix would reach beyond it
+    a_stride = words * int64_t{kWordBytes};
+    char* copy = shared_[1].reserve(rows * a_stride);
+    std::memset(copy, 0, rows * a_stride);
+    int64_t r = 0;
+    for (const Block& b : blocks)
+      for (int64_t i = 0; i < b.rows; ++i, ++r)
+        std::memcpy(copy + r * a_stride, x.data + r * x.stride * element, b.extent * element);
+    a = copy;
+  }
+  const auto tiles = tiles_of(blocks, [&](const Block& b) { return (b.extent + group - 1) / group; },
+                              [&](const Block&) { return columns; });
+  const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns, count = static_cast<int64_t>(tiles.size());
+  const int64_t chunks = std::min((kUnitsPerThread * team_.size() + panels - 1) / panels, count);
+  for (Buffer& b : scratch_) b.reserve(words * int64_t{kPanelRowBytes});
+  std::vector<int64_t> packed(team_.size(), -1);
+  deal(panels * chunks, [&](int64_t unit, int thread) {
+    const int64_t panel = unit / chunks, chunk = unit % chunks;
+    const int column = static_cast<int>(panel * kPanelColumns);
+    char* scratch = scratch_[thread].data();
+    if (packed[thread] != panel) {
+      kernels_.panel_from_rows(dtype, weight_t.data + column * element, weight_t.stride * element, depth,
+                               std::min(columns - column, kPanelColumns), scratch);
+      packed[thread] = panel;
+    }
+    const ProductTask task{dtype, a, a_stride, scratch, wide_bias ? wide_bias + column : nullptr, out.data, out.stride,
+                           nullptr, 0, column, Activation::kNone};
+    const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
+    kernels_.product(task, tiles.data() + first, static_cast<int>(last - first));
+  });
+}
+
+void Ops::weight_gradient(DType dtype, View left, View right, int columns, const std::vector<Block>& blocks, int rows,
+                          View out) {
+  std::lock_guard<std::mutex> lock(turn_);
+  const int64_t element = element_of(dtype);
+  const int group = group_of(dtype), most = largest(blocks);
+  for (int64_t r = most; r < rows; ++r) std::memset(out.data + r * out.stride * element, 0, columns * element);
+  if (!most || !columns) return;
+  // Blocks from the widest to the narrowest: the rows that reach a neuron are then a prefix of K.
+  struct Part {
+    int64_t row;
+    Block block;
+    int64_t word;  // first along K; an odd block of bf16 ends with a zero
+  };
+  std::vector<Part> parts;
+  int64_t row = 0;
+  for (const Block& b : blocks) {
+    if (b.rows && b.extent) parts.push_back({row, b, 0});
+    row += b.rows;
+  }
+  std::stable_sort(parts.begin(), parts.end(),
+                   [](const Part& p, const Part& q) { return p.block.extent > q.block.extent; });
+  int64_t words = 0;
+  for (Part& p : parts) {
+    p.word = words;
+    words += (p.block.rows + group - 1) / group;
+  }
+  // A: the transpose of `left`, zero where a row does not reach.
+  const int64_t a_stride = row_bytes(words * kWordBytes);
+  char* a = shared_[0].reserve(round_up(most, kPanelColumns) * a_stride);
+  const int64_t strips = (most + kPanelColumns - 1) / kPanelColumns;
+  deal(strips * static_cast<int64_t>(parts.size()), [&](int64_t unit, int) {
+    const Part& p = parts[unit % parts.size()];
+    const int first = static_cast<int>(unit / parts.size() * kPanelColumns);
+    const int here = std::min(most - first, kPanelColumns);
+    const int reached = std::clamp(p.block.extent - first, 0, here);
+    const int64_t part_words = (p.block.rows + group - 1) / group;
+    char* to = a + first * a_stride + p.word * kWordBytes;
+    if (reached)
+      kernels_.rows_from_columns(dtype, left.data + (p.row * left.stride + first) * element, left.stride * element,
+                                 static_cast<int>(p.block.rows), reached, to, a_stride);
+    for (int c = reached; c < here; ++c) std::memset(to + c * a_stride, 0, part_words * kWordBytes);
+  });
+  std::vector<ProductTile> tiles;
+  const int64_t count = (most + kTileRows - 1) / kTileRows;
+  for (int64_t i = 0; i < count; ++i) {
+    const int first = static_cast<int>(most * i / count), next = static_cast<int>(most * (i + 1) / count);
+    int64_t reach = 0;
+    for (const Part& p : parts)
+      if (p.block.extent > first) reach = p.word + (p.block.rows + group - 1) / group;
+    tiles.push_back({first, next - first, static_cast<int>(reach), columns});
+  }
+  const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns;
+  const int64_t chunks = std::min((kUnitsPerThread * team_.size() + panels - 1) / panels, count);
+  for (Buffer& b : scratch_) b.reserve(words * int64_t{kPanelRowBytes});
+  std::vector<int64_t> packed(team_.size(), -1);
+  deal(panels * chunks, [&](int64_t unit, int thread) {
+    const int64_t panel = unit / chunks, chunk = unit % chunks;
+    const int column = static_cast<int>(panel * kPanelColumns);
+    char* scratch = scratch_[thread].data();
+    if (packed[thread] != panel) {
+      for (const Part& p : parts)
+        kernels_.panel_from_rows(dtype, right.data + (p.row * right.stride + column) * element, right.stride * element,
+                                 static_cast<int>(p.block.rows), std::min(columns - column, kPanelColumns),
+                                 scratch + p.word * kPanelRowBytes);
+      packed[thread] = panel;
+    }
+    const ProductTask task{dtype, a, a_stride, scratch, nullptr, out.data, out.stride, nullptr, 0, column,
+                           Activation::kNone};
+    const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
+    kernels_.product(task, tiles.data() + first, static_cast<int>(last - first));
+  });
+}
+
+void Ops::column_sums(DType dtype, View x, const std::vector<Block>& blocks, int columns, float* sums) {
+  std::lock_guard<std::mutex> lock(turn_);
+  const int64_t element = element_of(dtype);
+  std::fill_n(sums, columns, 0.f);
+  const int most = largest(blocks);
+  deal((most + kPanelColumns - 1) / kPanelColumns, [&](int64_t unit, int) {
+    const int first = static_cast<int>(unit * kPanelColumns);
+    int64_t row = 0;
+    for (const Block& b : blocks) {
+      const int reached = std::min(b.extent - first, kPanelColumns);
+      if (reached > 0)
+        kernels_.add_rows(dtype, x.data + (row * x.stride + first) * element, x.stride * element,
+                          static_cast<int>(b.rows), reached, sums + first);
+      row += b.rows;
+    }
+  });
+}
+
+void Ops::slope(DType dtype, Activation activation, View grad, View pre, const std::vector<Block>& blocks, View out) {
+  std::lock_guard<std::mutex> lock(turn_);
+  struct Unit {
+    int begin, end, extent;
+  };
+  std::vector<Unit> units;
+  int row = 0;
+  for (const Block& b : blocks) {
+    for (int64_t r = 0; r < b.rows; r += kRowsPerUnit)
+      units.push_back({row + static_cast<int>(r), row + static_cast<int>(std::min<int64_t>(r + kRowsPerUnit, b.rows)),
+                       b.extent});
+    row += static_cast<int>(b.rows);
+  }
+  deal(static_cast<int64_t>(units.size()), [&](int64_t unit, int) {
+    const Unit& u = units[unit];
+    const SlopeTask task{dtype, activation, grad.data, pre.data, out.data, grad.stride, pre.stride, out.stride, u.extent};
+    kernels_.slope(task, u.begin, u.end);
+  });
+}
+
+}  // namespace dynabert

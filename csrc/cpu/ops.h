@@ -1,0 +1,63 @@
+// The ops of dynabert_fast.ops on ordinary tensors: pointers in, pointers out, one thread team.
+// Letters as in model.h; k is an extent. A row block is `rows` rows with one extent (the staircase).
+#pragma once
+
+#include <mutex>
+#include <vector>
+
+#include "buffer.h"
+#include "kernels.h"
+#include "thread_team.h"
+
+namespace dynabert {
+
+/// float32 or bf16 values, adjacent in a row, rows `stride` elements apart.
+struct View {
+  char* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct Block {
+  int64_t rows;
+  int extent;
+};
+
+class Ops {
+ public:
+  Ops(int threads, const Kernels& kernels) : kernels_(kernels), team_(threads), scratch_(threads) {}
+
+  int threads() const { return team_.size(); }
+
+  /// out[r, c] = act(sum_i x[r, i] weight[c, i] + bias[c]) for c below r's extent: x [T, D], weight [K, D],
+  /// bias [K] or null, out and pre (the sums; may be null) [T, >= max k].
+  void expand(DType dtype, View x, View weight, const char* bias, int depth, const std::vector<Block>& blocks,
+              Activation activation, View out, View pre);
+
+  /// out[r, c] = sum over i below r's extent of x[r, i] weight_t[i, c] + bias[c]: x [T, >= max k],
+  /// weight_t [K, D], bias [D] or null, out [T, D].
+  void contract(DType dtype, View x, View weight_t, const char* bias, int columns,
+                const std::vector<Block>& blocks, View out);
+
+  /// out[i, c] = sum over rows r whose extent is above i of left[r, i] right[r, c], zero from the largest
+  /// extent up to `rows`: left [T, >= max k], right [T, D], out [rows, D].
+  void weight_gradient(DType dtype, View left, View right, int columns, const std::vector<Block>& blocks,
+                       int rows, View out);
+
+  /// sums[i] = sum over rows whose extent is above i of x[r, i], zero from the largest extent up to `columns`.
+  void column_sums(DType dtype, View x, const std::vector<Block>& blocks, int columns, float* sums);
+
+  /// out = grad * activation'(pre), up to each row's extent.
+  void slope(DType dtype, Activation activation, View grad, View pre, const std::vector<Block>& blocks, View out);
+
+ private:
+  template <class Work>
+  void deal(int64_t count, Work&& work);
+
+  const Kernels& kernels_;
+  ThreadTeam team_;
+  std::vector<Buffer> scratch_;  // of each thread
+  Buffer shared_[3];
+  std::mutex turn_;  // one op at a time
+};
+
+}  // namespace dynabert

@@ -1,0 +1,216 @@
+"""The ops in C++ on a CPU: `csrc/cpu/ops.cpp`, which takes addresses and strides and knows no torch.
+
+Every row's sums run over their terms in one order, so results and gradients have the same bits for
+any number of threads. Threads follow `torch.get_num_threads()`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynabert_fast.engine.native import ISA_VARIABLE, native_module
+from dynabert_fast.errors import InputError
+from dynabert_fast.ops.registry import Backend, register
+
+_ACTIVATIONS = {"": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+
+@functools.cache
+def _ops(threads: int, isa: str) -> Any:
+    return native_module().Ops(threads, isa)
+
+
+def _native() -> Any:
+    return _ops(torch.get_num_threads(), os.environ.get(ISA_VARIABLE, ""))
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """A matrix whose rows are adjacent values; most are, and are not copied."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _address(x: Tensor) -> tuple[int, int]:
+    """Of the first value, and elements between rows."""
+    return (x.data_ptr(), x.stride(0)) if x.numel() else (0, 0)
+
+
+def _is_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+def expand(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    extents: Sequence[int],
+    rows: Sequence[int],
+    activation: str,
+    keep_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.expand`; columns beyond an extent are not written."""
+    x, weight, bias = _adjacent(x), _adjacent(weight), bias.contiguous()
+    out = x.new_empty(x.shape[0], max(extents))
+    pre = torch.empty_like(out) if activation and keep_pre else x.new_empty(0)
+    if out.numel():
+        _native().expand(
+            _is_bf16(x),
+            _address(x),
+            _address(weight),
+            bias.data_ptr(),
+            x.shape[1],
+            extents,
+            rows,
+            _ACTIVATIONS[activation],
+            _address(out),
+            _address(pre),
+        )
+    if not activation:
+        return out, x.new_empty(0)
+    return out, pre
+
+
+def expand_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    pre: Tensor,
+    extents: Sequence[int],
+    rows: Sequence[int],
+    activation: str,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.expand_backward`."""
+    grad, x, weight = _adjacent(grad), _adjacent(x), _adjacent(weight)
+    native, bf16 = _native(), _is_bf16(x)
+    if activation:
+        pre = _adjacent(pre)
+        inner = torch.empty_like(pre)
+        if inner.numel():
+            native.slope(
+                bf16,
+                _ACTIVATIONS[activation],
+                _address(grad),
+                _address(pre),
+                extents,
+                rows,
+                _address(inner),
+            )
+        grad = inner
+    grad_x = grad_weight = grad_bias = x.new_empty(0)
+    if need_x:
+        grad_x = torch.empty_like(x)
+        if grad_x.numel():
+            columns = x.shape[1]
+            native.contract(
+                bf16, _address(grad), _address(weight), 0, columns, extents, rows, _address(grad_x)
+            )
+    if need_weight:
+        grad_weight = _weight_gradient(weight, grad, x, extents, rows)
+        grad_bias = _column_sums(grad, extents, rows, weight.shape[0])
+    return grad_x, grad_weight, grad_bias
+
+
+def _weight_gradient(
+    weight: Tensor, left: Tensor, right: Tensor, extents: Sequence[int], rows: Sequence[int]
+) -> Tensor:
+    """Like the weight: for each of its rows, the sum of `left` times `right` over what reaches it."""
+    grad = torch.empty_like(weight)
+    _native().weight_gradient(
+        _is_bf16(weight),
+        _address(left),
+        _address(right),
+        weight.shape[1],
+        extents,
+        rows,
+        weight.shape[0],
+        _address(grad),
+    )
+    return grad
+
+
+def _column_sums(x: Tensor, extents: Sequence[int], rows: Sequence[int], columns: int) -> Tensor:
+    """`[columns]` in x's type, summed in float32."""
+    sums = torch.empty(columns, dtype=torch.float32)
+    _native().column_sums(_is_bf16(x), _address(x), extents, rows, columns, sums.data_ptr())
+    return sums.to(x.dtype)
+
+
+def contract(
+    x: Tensor, weight_t: Tensor, bias: Tensor, extents: Sequence[int], rows: Sequence[int]
+) -> Tensor:
+    """As `reference.contract`."""
+    x, weight_t, bias = _adjacent(x), _adjacent(weight_t), bias.contiguous()
+    out = x.new_empty(x.shape[0], weight_t.shape[1])
+    if out.numel():
+        _native().contract(
+            _is_bf16(x),
+            _address(x),
+            _address(weight_t),
+            bias.data_ptr(),
+            weight_t.shape[1],
+            extents,
+            rows,
+            _address(out),
+        )
+    return out
+
+
+def contract_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight_t: Tensor,
+    extents: Sequence[int],
+    rows: Sequence[int],
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.contract_backward`."""
+    grad, x, weight_t = _adjacent(grad), _adjacent(x), _adjacent(weight_t)
+    grad_x = grad_weight = grad_bias = x.new_empty(0)
+    if need_x:
+        whole = len(extents) == 1 and extents[0] == x.shape[1]
+        grad_x = torch.empty_like(x) if whole else torch.zeros_like(x)
+        if grad_x.numel():
+            _native().expand(
+                _is_bf16(x),
+                _address(grad),
+                _address(weight_t),
+                0,
+                grad.shape[1],
+                extents,
+                rows,
+                0,
+                _address(grad_x),
+                (0, 0),
+            )
+    if need_weight:
+        grad_weight = _weight_gradient(weight_t, x, grad, extents, rows)
+        columns = grad.shape[1]
+        grad_bias = _column_sums(grad, [columns], [grad.shape[0]], columns)
+    return grad_x, grad_weight, grad_bias
+
+
+def _why_not(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    try:
+        native_module()
+    except InputError as error:
+        return f"is not built: {error}"
+    return None
+
+
+register(
+    "cpp",
+    Backend(
+        kernels={f.__name__: f for f in (expand, expand_backward, contract, contract_backward)},
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.bfloat16),
+        supports=_why_not,
+    ),
+)

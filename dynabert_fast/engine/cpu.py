@@ -106,8 +106,7 @@ class CpuEngine:
         threads: int | None = None,
         isa: str | None = None,
     ) -> None:
-        from dynabert_fast import _cpu
-
+        _cpu = native_module()
         if threads is None:
             threads = len(os.sched_getaffinity(0))
         if not isinstance(threads, int | np.integer) or not 1 <= threads <= 1024:

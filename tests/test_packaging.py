@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from dynabert_fast.errors import TRAIN_PACKAGES
+from dynabert_fast import engine
+from dynabert_fast.engine.packing import read_file
+from dynabert_fast.errors import TRAIN_PACKAGES, InputError
 from dynabert_fast.subnet import grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,6 +194,26 @@ def test_a_missing_compiler_is_one_line(source, tmp_path, env, message):
     assert last.startswith("error: ")
     assert message in last
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, file, packed: model.pack(dtype="fp32"),
+        lambda model, file, packed: engine.load(file),
+        lambda model, file, packed: engine.CpuEngine(*packed),
+        lambda model, file, packed: engine.isas(),
+        lambda model, file, packed: engine.measure_peak("fp32"),
+    ],
+    ids=["pack", "load", "CpuEngine", "isas", "measure_peak"],
+)
+def test_an_engine_that_is_not_built_is_bad_input(make_model, tmp_path, monkeypatch, use):
+    model, file = make_model(), tmp_path / "model.dynabert"
+    model.pack(dtype="fp32").save(file)
+    packed = read_file(file)
+    monkeypatch.setitem(sys.modules, "dynabert_fast._cpu", None)
+    with pytest.raises(InputError, match=r"not available \(.*_cpu.*DYNABERT_FAST_NATIVE=0"):
+        use(model, file, packed)
 
 
 # Runs a packed model on texts where torch cannot be imported, and saves the logits of the grid.

@@ -4,21 +4,31 @@
     engine = load("model.dynabert")           # from a file that engine.save wrote
     engine(input_ids, attention_mask, subnet=Subnet.from_multipliers(engine.config, 0.5, 0.75))
 
-Importing this needs numpy only; the tokenizer needs the package `tokenizers`.
+The engine needs numpy only, the tokenizer the package `tokenizers`; the names load on first use.
 """
 
 from __future__ import annotations
 
-from dynabert_fast.engine.cpu import (
-    ISA_VARIABLE,
-    CpuEngine,
-    EngineOutput,
-    isas,
-    load,
-    measure_peak,
-)
-from dynabert_fast.engine.packing import DTYPES, PackedConfig, pack
-from dynabert_fast.engine.tokenizer import Tokenizer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dynabert_fast.engine.native import DTYPES, ISA_VARIABLE
+
+if TYPE_CHECKING:
+    from dynabert_fast.engine.cpu import CpuEngine, EngineOutput, isas, load, measure_peak
+    from dynabert_fast.engine.packing import PackedConfig, pack
+    from dynabert_fast.engine.tokenizer import Tokenizer
+
+_HOMES = {
+    "CpuEngine": "cpu",
+    "EngineOutput": "cpu",
+    "PackedConfig": "packing",
+    "Tokenizer": "tokenizer",
+    "isas": "cpu",
+    "load": "cpu",
+    "measure_peak": "cpu",
+    "pack": "packing",
+}
 
 __all__ = [
     "DTYPES",
@@ -32,3 +42,9 @@ __all__ = [
     "measure_peak",
     "pack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -11,13 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from dynabert_fast.engine.native import native_module
+from dynabert_fast.engine.native import ISA_VARIABLE, native_module
 from dynabert_fast.engine.packing import DTYPES, PackedConfig, read_file, write_file
 from dynabert_fast.errors import InputError
 from dynabert_fast.subnet import Subnet
-
-#: Environment variable that forces an instruction set, one of `isas()`.
-ISA_VARIABLE = "DYNABERT_FAST_ISA"
 
 
 @dataclass
@@ -106,8 +103,7 @@ class CpuEngine:
         threads: int | None = None,
         isa: str | None = None,
     ) -> None:
-        from dynabert_fast import _cpu
-
+        _cpu = native_module()
         if threads is None:
             threads = len(os.sched_getaffinity(0))
         if not isinstance(threads, int | np.integer) or not 1 <= threads <= 1024:

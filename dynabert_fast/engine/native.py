@@ -1,4 +1,4 @@
-"""The native module, or why there is none."""
+"""The native module, or why there is none, and the names that need nothing else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import importlib
 from typing import Any
 
 from dynabert_fast.errors import InputError
+
+#: Types of the packed weights.
+DTYPES = ("fp32", "bf16", "int8")
+
+#: Environment variable that forces an instruction set, one of `isas()`.
+ISA_VARIABLE = "DYNABERT_FAST_ISA"
 
 
 def native_module() -> Any:

@@ -26,11 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from dynabert_fast.engine.native import native_module
+from dynabert_fast.engine.native import DTYPES, native_module
 from dynabert_fast.errors import InputError, SaveError
 
-#: Types of the packed weights.
-DTYPES = ("fp32", "bf16", "int8")
 #: Activations of the FFN.
 ACTIVATIONS = ("", "gelu", "gelu_tanh", "relu")
 

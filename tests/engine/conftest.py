@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynabert_fast.engine import DTYPES, isas
+from dynabert_fast.engine import DTYPES, CpuEngine, isas
 from dynabert_fast.subnet import Subnet, grid
 
 # More than the longest sequence of the tests (70), so that there is room to pad it further.
@@ -121,6 +121,21 @@ def case_of() -> Callable[[str, Any], Case]:
 @pytest.fixture(params=MODELS)
 def case(request, make_case) -> Case:
     return make_case(request.param)
+
+
+@pytest.fixture(scope="session")
+def make_engine() -> Callable[..., CpuEngine]:
+    """`make_engine(case, dtype, threads=1, isa=None)`: an engine; its weights are packed once."""
+    packed: dict[Any, CpuEngine] = {}
+
+    def make(case: Case, dtype: str, threads: int = 1, isa: str | None = None) -> CpuEngine:
+        key = id(case.model), dtype
+        if key not in packed:
+            packed[key] = case.model.pack(dtype, threads=1)
+        first = packed[key]
+        return CpuEngine(first.config, first._packed, threads, isa)
+
+    return make
 
 
 @pytest.fixture(params=DTYPES)

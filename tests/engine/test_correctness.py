@@ -32,13 +32,13 @@ def all_subnets(case):
 
 
 def all_lengths(case):
-    """Sequences of every length, 1 to 5 in a batch, long and short ones side by side."""
+    """Sequences of every length, long and short ones side by side, in batches of 1, 2, 3, ..."""
     lengths = sorted(LENGTHS, key=lambda n: n * 29 % 71)
-    jobs, count = [], 1
+    jobs = []
     while lengths:
+        count = len(jobs) + 1
         part, lengths = lengths[:count], lengths[count:]
-        jobs.append((Subnet.full(case.config), case.batch(part, seed=len(lengths))))
-        count = count % 5 + 1
+        jobs.append((Subnet.full(case.config), case.batch(part, seed=count)))
     return jobs
 
 
@@ -74,7 +74,6 @@ def assert_judged(got, plain, truth, dtype):
 class Judge:
     """What plain torch makes of a case's jobs: in float64, and in the engine's type."""
 
-    case: Any
     jobs: Any
     dtype: str
     truth: dict[str, torch.Tensor]
@@ -89,8 +88,9 @@ class Judge:
         # Nothing is rounded to int8 or bf16 before the first layer.
         first = ({EMBEDDINGS: x[EMBEDDINGS]} for x in (got, self.plain, self.exact))
         assert_judged(*first, torch.float32)
-        # From there on, one rounding that falls the other way changes all that follows, in plain torch
-        # too. Two equally good quantisations differ by sqrt(2) of their errors; this one is the same.
+        # From there on, one rounding that falls the other way changes all that follows, in plain
+        # torch too. Two equally good quantisations differ by sqrt(2) of their errors; this one is
+        # the same.
         for name, want in self.exact.items():
             allowed = 2 * size(self.plain[name] - want), size(want - self.truth[name])
             assert size(got[name] - want) <= max(allowed), name
@@ -98,23 +98,23 @@ class Judge:
 
 @pytest.fixture(scope="module")
 def judge(run_model, simulate_int8):
-    """`judge(case, jobs_of, dtype)`: a `Judge`, kept for the next instruction set."""
+    """`judge(case, jobs_of, dtype)`: a `Judge`; nothing is computed twice."""
     known = {}
 
-    def make(case, jobs_of, dtype):
-        key = case.name, jobs_of, dtype
+    def run(function, dtype, case, jobs_of):
+        key = function, dtype, id(case.model), jobs_of
         if key not in known:
-            jobs = jobs_of(case)
-
-            def run(function, dtype):
-                return gather(lambda *job: function(case, dtype, *job), jobs)
-
-            if dtype == "int8":
-                plain, exact = (run(simulate_int8, t) for t in (torch.float32, torch.float64))
-            else:
-                plain, exact = run(run_model, TYPES[dtype]), None
-            known[key] = Judge(case, jobs, dtype, run(run_model, torch.float64), plain, exact)
+            known[key] = gather(lambda *job: function(case, dtype, *job), jobs_of(case))
         return known[key]
+
+    def make(case, jobs_of, dtype):
+        truth = run(run_model, torch.float64, case, jobs_of)
+        if dtype == "int8":
+            types = torch.float32, torch.float64
+            plain, exact = (run(simulate_int8, t, case, jobs_of) for t in types)
+        else:
+            plain, exact = run(run_model, TYPES[dtype], case, jobs_of), None
+        return Judge(jobs_of(case), dtype, truth, plain, exact)
 
     return make
 
@@ -127,13 +127,28 @@ def runner(outputs):
     )
 
 
-@pytest.mark.parametrize("jobs_of", [all_subnets, all_lengths], ids=lambda f: f.__name__)
-def test_agrees_with_float64(case, make_case, dtype, isa, jobs_of, judge, runner):
-    # In bf16 both sides, and float64, get the same weights.
-    case = make_case(case.name, TYPES.get(dtype, torch.float32))
-    engine = case.model.pack(dtype, threads=1, isa=isa)
-    assert (engine.isa, engine.threads, engine.config.dtype) == (isa, 1, dtype)
-    judge(case, jobs_of, dtype).check(runner(engine))
+@pytest.fixture
+def check(make_case, dtype, isa, judge, runner):
+    """`check(name, jobs_of)`: the engine of a model by its name."""
+
+    def run(name, jobs_of):
+        # In bf16 both sides, and float64, get the same weights.
+        case = make_case(name, TYPES.get(dtype, torch.float32))
+        engine = case.model.pack(dtype, threads=1, isa=isa)
+        assert (engine.isa, engine.threads, engine.config.dtype) == (isa, 1, dtype)
+        judge(case, jobs_of, dtype).check(runner(engine))
+
+    return run
+
+
+def test_subnets(case, check):
+    check(case.name, all_subnets)
+
+
+# Head sizes 6, 11 and 64.
+@pytest.mark.parametrize("name", ["bert", "bert, odd sizes, base", "xlm-roberta, base"])
+def test_lengths(name, check):
+    check(name, all_lengths)
 
 
 @pytest.mark.parametrize("name", ["roberta", "xlm-roberta, base"])
@@ -175,6 +190,7 @@ def test_int8_is_close_to_float_on_ordinary_weights(case_of, run_model):
         assert F.cosine_similarity(got, want, dim=-1).min() >= 0.999
 
 
+@pytest.mark.slow
 def test_real_weights(case_of, dtype, judge, runner):
     """A pretrained MiniLM on text."""
     try:

@@ -194,6 +194,16 @@ void bind_ops(py::module_& m) {
                              reinterpret_cast<float*>(sums));
            },
            release)
+      .def("attention",
+           [](Ops& ops, bool bf16, int head_size, Address qkv, Address out, Address lse, Address grad, Address grad_qkv,
+              const std::vector<int64_t>& offsets, Extents heads, Rows sequences, uint64_t seed, uint32_t threshold,
+              float scale) {
+             AttentionOp task{tensor_type(bf16), head_size, {seed, threshold, scale}, view_of(qkv), view_of(out),
+                              reinterpret_cast<float*>(std::get<0>(lse)), std::get<1>(lse), view_of(grad),
+                              view_of(grad_qkv)};
+             ops.attention(task, offsets, blocks_of(heads, sequences));
+           },
+           release)
       .def("slope",
            [](Ops& ops, bool bf16, int activation, Address grad, Address pre, Extents extents, Rows rows, Address out) {
              ops.slope(tensor_type(bf16), static_cast<Activation>(activation), view_of(grad), view_of(pre),

@@ -95,6 +95,32 @@ struct SlopeTask {
   int columns;
 };
 
+/// reference.keep_mask: kept where the hash of (seed, row, column) reaches the threshold.
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t threshold = 0;  // p * 2^32
+  float scale = 1;         // 1 / (1 - p); 1 for none
+};
+
+/// float32 or bf16 values, adjacent in a row, rows `stride` elements apart.
+struct View {
+  char* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct AttentionOp {
+  DType dtype;
+  int head_size;
+  Dropout dropout;
+  View qkv, out;  // [T, >= 3 H d], [T, >= H d]
+  float* lse;     // [T, lse_stride]: log-sum-exp of each row and head
+  int64_t lse_stride;
+  View grad, grad_qkv;  // backward only: of out and of qkv
+};
+
+/// Queries that backward handles at a time: what it keeps of P and dS is this many rows.
+constexpr int kQueryBlock = 96;
+
 /// Everything an instruction set computes. `scratch` is 64-byte aligned, `attention_scratch` bytes.
 struct Kernels {
   const char* name;
@@ -126,10 +152,14 @@ struct Kernels {
   void (*slope)(const SlopeTask&, int begin, int end);
   /// sums[columns <= 64] += the sum over rows, in a fixed order.
   void (*add_rows)(DType, const char* from, int64_t stride, int rows, int columns, float* sums);
+  /// Rows [begin, end) of one head, forward, or backward where `grad` is set. `mask_row` is dropout's row of
+  /// the first token.
+  void (*attention_op)(const AttentionOp&, int head, int begin, int end, int64_t mask_row, char* scratch);
 };
 
 /// Bytes of scratch that `attention` needs for a sequence of that length.
 int64_t attention_scratch(int length, int head_size);
+int64_t attention_backward_scratch(int length, int head_size);
 
 namespace portable { const Kernels& kernels(); }
 #if defined(__x86_64__)

@@ -350,6 +350,12 @@ INLINE I32 largest(int columns, Value value) {
   return max(max(most[0], most[1]), max(most[2], most[3]));
 }
 
+INLINE F32 largest_from(const float* row, int count) {
+  F32 most = broadcast(-3.0e38f);
+  for (int i = 0; i < count; i += kLanes) most = max(load<F32>(row + i), most);
+  return most;
+}
+
 template <class Value>
 INLINE float total(int columns, Value value) {
   F32 part[kStrands] = {};
@@ -703,6 +709,8 @@ void attention(const AttentionTask& task, int head, int begin, int end, int quer
 
 #include "products.inl"
 
+#include "attention.inl"
+
 // ---- the peak of the register block ----
 
 template <class Dot>
@@ -732,7 +740,7 @@ int64_t peak(DType dtype, int64_t repeats) {
 const Kernels& kernels() {
   static const Kernels table = {ISA_NAME, linear,    residual_norm, embed,
                                 quantise, attention, convert,       hyperbolic_tangent, peak,
-                                panel_from_rows, panel_from_columns, rows_from_columns, product, slope, add_rows};
+                                panel_from_rows, panel_from_columns, rows_from_columns, product, slope, add_rows, attention_op};
   return table;
 }
 

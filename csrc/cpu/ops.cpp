@@ -248,6 +248,32 @@ void Ops::column_sums(DType dtype, View x, const std::vector<Block>& blocks, int
   });
 }
 
+void Ops::attention(const AttentionOp& task, const std::vector<int64_t>& offsets, const std::vector<Block>& blocks) {
+  std::lock_guard<std::mutex> lock(turn_);
+  struct Unit {
+    int sequence, head;
+    int64_t mask_row;
+  };
+  std::vector<Unit> units;
+  int sequence = 0, longest = 0;
+  for (const Block& b : blocks) {
+    const int64_t first = offsets[sequence];
+    for (int64_t i = 0; i < b.rows; ++i, ++sequence) {
+      const int length = static_cast<int>(offsets[sequence + 1] - offsets[sequence]);
+      longest = std::max(longest, length);
+      for (int head = 0; length && head < b.extent; ++head) units.push_back({sequence, head, offsets[sequence] - first});
+    }
+  }
+  const int64_t bytes = task.grad.data ? attention_backward_scratch(longest, task.head_size)
+                                       : attention_scratch(longest, task.head_size);
+  for (Buffer& b : scratch_) b.reserve(bytes);
+  deal(static_cast<int64_t>(units.size()), [&](int64_t unit, int thread) {
+    const Unit& u = units[unit];
+    kernels_.attention_op(task, u.head, static_cast<int>(offsets[u.sequence]), static_cast<int>(offsets[u.sequence + 1]),
+                          u.mask_row, scratch_[thread].data());
+  });
+}
+
 void Ops::slope(DType dtype, Activation activation, View grad, View pre, const std::vector<Block>& blocks, View out) {
   std::lock_guard<std::mutex> lock(turn_);
   struct Unit {

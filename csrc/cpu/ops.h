@@ -11,12 +11,6 @@
 
 namespace dynabert {
 
-/// float32 or bf16 values, adjacent in a row, rows `stride` elements apart.
-struct View {
-  char* data = nullptr;
-  int64_t stride = 0;
-};
-
 struct Block {
   int64_t rows;
   int extent;
@@ -45,6 +39,10 @@ class Ops {
 
   /// sums[i] = sum over rows whose extent is above i of x[r, i], zero from the largest extent up to `columns`.
   void column_sums(DType dtype, View x, const std::vector<Block>& blocks, int columns, float* sums);
+
+  /// Attention of packed sequences, forward, or backward where `task.grad` is set. Block i has `rows` sequences
+  /// of `extent` heads; sequence s is the rows offsets[s] to offsets[s + 1].
+  void attention(const AttentionOp& task, const std::vector<int64_t>& offsets, const std::vector<Block>& blocks);
 
   /// out = grad * activation'(pre), up to each row's extent.
   void slope(DType dtype, Activation activation, View grad, View pre, const std::vector<Block>& blocks, View out);

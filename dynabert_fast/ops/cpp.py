@@ -197,6 +197,80 @@ def contract_backward(
     return grad_x, grad_weight, grad_bias
 
 
+def _dropout(p: float, seed: Tensor | None) -> tuple[int, int, float]:
+    """Seed, threshold and scale as the native code takes them; scale 1 is no dropout."""
+    if seed is None:
+        return 0, 0, 1.0
+    return int(seed) % 2**64, round(p * 2**32), 1 / (1 - p)
+
+
+def attention(
+    qkv: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    heads: Sequence[int],
+    sequences: Sequence[int],
+    head_size: int,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.attention`, without a matrix of scores in memory."""
+    qkv = _adjacent(qkv)
+    total, most = qkv.shape[0], max(heads)
+    mixed = len(heads) > 1
+    out = (qkv.new_zeros if mixed else qkv.new_empty)(total, most * head_size)
+    lse = torch.zeros(total, most) if mixed else torch.empty(total, most)
+    if total:
+        _native().attention(
+            _is_bf16(qkv),
+            head_size,
+            _address(qkv),
+            _address(out),
+            _address(lse),
+            (0, 0),
+            (0, 0),
+            offsets.tolist(),
+            heads,
+            sequences,
+            *_dropout(p, seed),
+        )
+    return out, lse
+
+
+def attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    heads: Sequence[int],
+    sequences: Sequence[int],
+    head_size: int,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """As `reference.attention_backward`."""
+    grad, qkv, out = _adjacent(grad), _adjacent(qkv), _adjacent(out)
+    whole = len(heads) == 1 and heads[0] * 3 * head_size == qkv.shape[1]
+    grad_qkv = torch.empty_like(qkv) if whole else torch.zeros_like(qkv)
+    if qkv.shape[0]:
+        _native().attention(
+            _is_bf16(qkv),
+            head_size,
+            _address(qkv),
+            _address(out),
+            _address(lse),
+            _address(grad),
+            _address(grad_qkv),
+            offsets.tolist(),
+            heads,
+            sequences,
+            *_dropout(p, seed),
+        )
+    return grad_qkv
+
+
 def _why_not(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         native_module()
@@ -208,7 +282,17 @@ def _why_not(kernel: str, device: torch.device, dtype: torch.dtype) -> str | Non
 register(
     "cpp",
     Backend(
-        kernels={f.__name__: f for f in (expand, expand_backward, contract, contract_backward)},
+        kernels={
+            f.__name__: f
+            for f in (
+                expand,
+                expand_backward,
+                contract,
+                contract_backward,
+                attention,
+                attention_backward,
+            )
+        },
         devices=("cpu",),
         dtypes=(torch.float32, torch.bfloat16),
         supports=_why_not,

@@ -34,8 +34,13 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
 
 
 def dispatch(kernel: str, *args: Any) -> Any:
-    """Run a kernel on the backend that its first floating-point tensor resolves to."""
+    """Run a kernel on the backend that its first floating-point tensor resolves to.
+
+    Tensors without memory of their own (fake ones, while something is traced) go through torch.
+    """
     x = next(t for t in _tensors(args) if t.is_floating_point())
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        return getattr(torch.ops.dynabert_fast, kernel)(*args)
     return resolve(kernel, x.device, x.dtype)(*args)
 
 
@@ -43,7 +48,8 @@ def _define(kernel: str, schema: str, fake: Callable[..., Any]) -> None:
     """Make `torch.ops.dynabert_fast.<kernel>` with its shape function."""
 
     def implementation(*args: Any) -> Any:
-        return dispatch(kernel, *args)
+        x = next(t for t in _tensors(args) if t.is_floating_point())
+        return resolve(kernel, x.device, x.dtype)(*args)
 
     _library.define(f"{kernel}{schema}")
     _library.impl(kernel, implementation, "CompositeExplicitAutograd")

@@ -53,9 +53,10 @@ def expand(
     activation: str,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.expand`; columns beyond an extent are not written."""
+    """As `reference.expand`."""
     x, weight, bias = _adjacent(x), _adjacent(weight), bias.contiguous()
-    out = x.new_empty(x.shape[0], max(extents))
+    new = x.new_empty if len(extents) == 1 else x.new_zeros
+    out = new(x.shape[0], max(extents))
     pre = torch.empty_like(out) if activation and keep_pre else x.new_empty(0)
     if out.numel():
         _native().expand(

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <chrono>
 #include <optional>
 
@@ -202,6 +203,46 @@ void bind_ops(py::module_& m) {
                               reinterpret_cast<float*>(std::get<0>(lse)), std::get<1>(lse), view_of(grad),
                               view_of(grad_qkv)};
              ops.attention(task, offsets, blocks_of(heads, sequences));
+           },
+           release)
+      .def("norm",
+           [](Ops& ops, bool bf16, int hidden, float eps, uint64_t seed, uint32_t threshold, float scale,
+              uintptr_t weight, uintptr_t bias, Address x, Address residual, Address z, Address out, uintptr_t mean,
+              uintptr_t rstd, int64_t rows) {
+             ops.norm({tensor_type(bf16), false, hidden, eps, {seed, threshold, scale}, pointer(weight), pointer(bias),
+                       view_of(x), view_of(residual), view_of(z), view_of(out), reinterpret_cast<float*>(mean),
+                       reinterpret_cast<float*>(rstd), {}, {}},
+                      rows);
+           },
+           release)
+      .def("embed",
+           [](Ops& ops, bool bf16, int hidden, float eps, uint64_t seed, uint32_t threshold, float scale,
+              uintptr_t weight, uintptr_t bias, std::array<Address, 3> tables, std::array<uintptr_t, 3> ids, Address z,
+              Address out, uintptr_t mean, uintptr_t rstd, int64_t rows) {
+             NormOp task{tensor_type(bf16), true, hidden, eps, {seed, threshold, scale}, pointer(weight), pointer(bias),
+                         {}, {}, view_of(z), view_of(out), reinterpret_cast<float*>(mean),
+                         reinterpret_cast<float*>(rstd), {}, {}};
+             for (int i = 0; i < 3; ++i) {
+               task.tables[i] = view_of(tables[i]);
+               task.ids[i] = reinterpret_cast<const int64_t*>(ids[i]);
+             }
+             ops.norm(task, rows);
+           },
+           release)
+      .def("norm_backward",
+           [](Ops& ops, bool bf16, bool embeds, int hidden, uint64_t seed, uint32_t threshold, float scale,
+              uintptr_t weight, Address grad, Address z, uintptr_t mean, uintptr_t rstd, Address grad_z,
+              Address grad_x, uintptr_t grad_weight, uintptr_t grad_bias, int64_t rows) {
+             ops.norm_backward({tensor_type(bf16), embeds, hidden, 0.f, {seed, threshold, scale}, pointer(weight),
+                                nullptr, view_of(grad_x), view_of(grad_z), view_of(z), view_of(grad),
+                                reinterpret_cast<float*>(mean), reinterpret_cast<float*>(rstd), {}, {}},
+                               rows, reinterpret_cast<char*>(grad_weight), reinterpret_cast<char*>(grad_bias));
+           },
+           release)
+      .def("scatter",
+           [](Ops& ops, bool bf16, Address grad, uintptr_t ids, int64_t rows, uintptr_t table, int columns) {
+             ops.scatter(tensor_type(bf16), view_of(grad), reinterpret_cast<const int64_t*>(ids), rows,
+                         reinterpret_cast<char*>(table), columns);
            },
            release)
       .def("slope",

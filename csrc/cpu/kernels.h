@@ -118,6 +118,22 @@ struct AttentionOp {
   View grad, grad_qkv;  // backward only: of out and of qkv
 };
 
+/// residual_norm, or embed where `embeds`: y = LayerNorm(z), z = dropout(x) + residual or the sum of three
+/// tables' rows; embed drops out y. Backward reads `out` as the gradient of y and writes those of z into
+/// `residual` and of x into `x` (null for embed).
+struct NormOp {
+  DType dtype;
+  bool embeds;
+  int hidden;
+  float eps;
+  Dropout dropout;
+  const char *weight, *bias;
+  View x, residual, z, out;
+  float *mean, *rstd;     // [T]
+  View tables[3];         // word, token type, position
+  const int64_t* ids[3];  // [T] each
+};
+
 /// Queries that backward handles at a time: what it keeps of P and dS is this many rows.
 constexpr int kQueryBlock = 96;
 
@@ -155,6 +171,15 @@ struct Kernels {
   /// Rows [begin, end) of one head, forward, or backward where `grad` is set. `mask_row` is dropout's row of
   /// the first token.
   void (*attention_op)(const AttentionOp&, int head, int begin, int end, int64_t mask_row, char* scratch);
+  /// Rows [begin, end); `row` is scratch of `hidden` floats.
+  void (*norm_op)(const NormOp&, int begin, int end, float* row);
+  /// Adds the rows' part of the gradients of weight and bias.
+  void (*norm_backward_op)(const NormOp&, int begin, int end, float* grad_weight, float* grad_bias);
+  /// float32 values in a type.
+  void (*narrow)(DType, const float* from, char* to, int count);
+  /// table[ids[r], c] += grad[r, c] for all rows in order and columns [begin, end).
+  void (*scatter)(DType, const char* grad, int64_t stride, const int64_t* ids, int64_t rows, char* table,
+                  int64_t columns, int begin, int end);
 };
 
 /// Bytes of scratch that `attention` needs for a sequence of that length.

@@ -711,6 +711,8 @@ void attention(const AttentionTask& task, int head, int begin, int end, int quer
 
 #include "attention.inl"
 
+#include "norms.inl"
+
 // ---- the peak of the register block ----
 
 template <class Dot>
@@ -740,7 +742,8 @@ int64_t peak(DType dtype, int64_t repeats) {
 const Kernels& kernels() {
   static const Kernels table = {ISA_NAME, linear,    residual_norm, embed,
                                 quantise, attention, convert,       hyperbolic_tangent, peak,
-                                panel_from_rows, panel_from_columns, rows_from_columns, product, slope, add_rows, attention_op};
+                                panel_from_rows, panel_from_columns, rows_from_columns, product, slope, add_rows, attention_op,
+                                norm_op, norm_backward_op, narrow, scatter};
   return table;
 }
 

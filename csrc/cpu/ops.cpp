@@ -10,6 +10,7 @@ namespace {
 // Units of work a thread, so that none waits long for another at the end.
 constexpr int kUnitsPerThread = 4;
 constexpr int kRowsPerUnit = 16;
+constexpr int kRowsPerSum = 64;  // of LayerNorm's weight gradient
 
 int64_t element_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
@@ -271,6 +272,44 @@ void Ops::attention(const AttentionOp& task, const std::vector<int64_t>& offsets
     const Unit& u = units[unit];
     kernels_.attention_op(task, u.head, static_cast<int>(offsets[u.sequence]), static_cast<int>(offsets[u.sequence + 1]),
                           u.mask_row, scratch_[thread].data());
+  });
+}
+
+void Ops::norm(const NormOp& task, int64_t rows) {
+  std::lock_guard<std::mutex> lock(turn_);
+  for (Buffer& b : scratch_) b.reserve(4 * round_up(task.hidden, kPanelColumns));
+  deal((rows + kRowsPerUnit - 1) / kRowsPerUnit, [&](int64_t unit, int thread) {
+    kernels_.norm_op(task, static_cast<int>(unit * kRowsPerUnit),
+                     static_cast<int>(std::min(rows, (unit + 1) * kRowsPerUnit)),
+                     reinterpret_cast<float*>(scratch_[thread].data()));
+  });
+}
+
+void Ops::norm_backward(const NormOp& task, int64_t rows, char* grad_weight, char* grad_bias) {
+  std::lock_guard<std::mutex> lock(turn_);
+  // Sums over fixed parts of the rows, added in order: the same bits for any number of threads.
+  const int64_t width = round_up(task.hidden, kPanelColumns);
+  const int64_t parts = std::max<int64_t>(1, (rows + kRowsPerSum - 1) / kRowsPerSum);
+  float* sums = reinterpret_cast<float*>(shared_[0].reserve(parts * 2 * width * 4));
+  std::memset(sums, 0, parts * 2 * width * 4);
+  deal(parts, [&](int64_t part, int) {
+    float* mine = sums + part * 2 * width;
+    kernels_.norm_backward_op(task, static_cast<int>(part * kRowsPerSum),
+                              static_cast<int>(std::min(rows, (part + 1) * kRowsPerSum)), mine, mine + width);
+  });
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < 2 * width; ++i) sums[i] += sums[part * 2 * width + i];
+  kernels_.narrow(task.dtype, sums, grad_weight, task.hidden);
+  kernels_.narrow(task.dtype, sums + width, grad_bias, task.hidden);
+}
+
+void Ops::scatter(DType dtype, View grad, const int64_t* ids, int64_t rows, char* table, int columns) {
+  std::lock_guard<std::mutex> lock(turn_);
+  // Columns are dealt out, not rows: two tokens may be the same word.
+  deal((columns + kPanelColumns - 1) / kPanelColumns, [&](int64_t unit, int) {
+    const int begin = static_cast<int>(unit * kPanelColumns);
+    kernels_.scatter(dtype, grad.data, grad.stride, ids, rows, table, columns, begin,
+                     std::min(begin + kPanelColumns, columns));
   });
 }
 

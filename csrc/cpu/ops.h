@@ -44,6 +44,12 @@ class Ops {
   /// of `extent` heads; sequence s is the rows offsets[s] to offsets[s + 1].
   void attention(const AttentionOp& task, const std::vector<int64_t>& offsets, const std::vector<Block>& blocks);
 
+  void norm(const NormOp& task, int64_t rows);
+  /// Also writes the gradients of weight and bias, `hidden` values of the op's type each.
+  void norm_backward(const NormOp& task, int64_t rows, char* grad_weight, char* grad_bias);
+  /// table[ids[r]] += grad[r]: grad [T, D], table [*, D].
+  void scatter(DType dtype, View grad, const int64_t* ids, int64_t rows, char* table, int columns);
+
   /// out = grad * activation'(pre), up to each row's extent.
   void slope(DType dtype, Activation activation, View grad, View pre, const std::vector<Block>& blocks, View out);
 

@@ -272,6 +272,166 @@ def attention_backward(
     return grad_qkv
 
 
+def residual_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.residual_norm`."""
+    x, residual = _adjacent(x), _adjacent(residual)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    rows, hidden = x.shape
+    y, z = torch.empty_like(residual), torch.empty_like(residual)
+    mean, rstd = torch.empty(rows, 1), torch.empty(rows, 1)
+    if x.numel():
+        _native().norm(
+            _is_bf16(x),
+            hidden,
+            eps,
+            *_dropout(p, seed),
+            weight.data_ptr(),
+            bias.data_ptr(),
+            _address(x),
+            _address(residual),
+            _address(z),
+            _address(y),
+            mean.data_ptr(),
+            rstd.data_ptr(),
+            rows,
+        )
+    return y, z, mean, rstd
+
+
+def residual_norm_backward(
+    grad: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.residual_norm_backward`."""
+    grad_z, grad_x = torch.empty_like(z), torch.empty_like(z)
+    gradients = _norm_backward(False, grad, z, mean, rstd, weight, p, seed, grad_z, grad_x)
+    return grad_x, grad_z, *gradients
+
+
+def _norm_backward(
+    embeds: bool,
+    grad: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    p: float,
+    seed: Tensor | None,
+    grad_z: Tensor,
+    grad_x: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Writes grad_z and grad_x; returns the gradients of weight and bias."""
+    grad, z, weight = _adjacent(grad), _adjacent(z), weight.contiguous()
+    grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
+    if z.numel():
+        _native().norm_backward(
+            _is_bf16(z),
+            embeds,
+            z.shape[1],
+            *_dropout(p, seed),
+            weight.data_ptr(),
+            _address(grad),
+            _address(z),
+            mean.data_ptr(),
+            rstd.data_ptr(),
+            _address(grad_z),
+            (0, 0) if grad_x is None else _address(grad_x),
+            grad_weight.data_ptr(),
+            grad_bias.data_ptr(),
+            z.shape[0],
+        )
+    return grad_weight, grad_bias
+
+
+def embed(
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.embed`."""
+    ids = [_ids(i) for i in (input_ids, token_type_ids, position_ids)]
+    tables = [_adjacent(t) for t in (word, token_type, position)]
+    weight, bias = weight.contiguous(), bias.contiguous()
+    rows, hidden = len(input_ids), word.shape[1]
+    y, z = word.new_empty(rows, hidden), word.new_empty(rows, hidden)
+    mean, rstd = torch.empty(rows, 1), torch.empty(rows, 1)
+    if y.numel():
+        _native().embed(
+            _is_bf16(word),
+            hidden,
+            eps,
+            *_dropout(p, seed),
+            weight.data_ptr(),
+            bias.data_ptr(),
+            [_address(t) for t in tables],
+            [i.data_ptr() for i in ids],
+            _address(z),
+            _address(y),
+            mean.data_ptr(),
+            rstd.data_ptr(),
+            rows,
+        )
+    return y, z, mean, rstd
+
+
+def _ids(ids: Tensor) -> Tensor:
+    return ids.to(torch.int64).contiguous()
+
+
+def embed_backward(
+    grad: Tensor,
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    vocabulary: int,
+    token_types: int,
+    positions: int,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.embed_backward`; a word's tokens are added in their order."""
+    grad_z = torch.empty_like(z)
+    gradients = _norm_backward(True, grad, z, mean, rstd, weight, p, seed, grad_z, None)
+    tables = []
+    for ids, count in (
+        (_ids(input_ids), vocabulary),
+        (_ids(token_type_ids), token_types),
+        (_ids(position_ids), positions),
+    ):
+        table = z.new_zeros(count, z.shape[1])
+        if z.numel():
+            _native().scatter(
+                _is_bf16(z), _address(grad_z), ids.data_ptr(), len(ids), table.data_ptr(), z.shape[1]
+            )
+        tables.append(table)
+    return tables[0], tables[1], tables[2], *gradients
+
+
 def _why_not(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         native_module()
@@ -292,6 +452,10 @@ register(
                 contract_backward,
                 attention,
                 attention_backward,
+                residual_norm,
+                residual_norm_backward,
+                embed,
+                embed_backward,
             )
         },
         devices=("cpu",),

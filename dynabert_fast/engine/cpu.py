@@ -284,7 +284,7 @@ def _integers(name: str, values: Any) -> np.ndarray:
     array = _array(name, values)
     if array.dtype.kind not in "iu":
         raise InputError(f"{name} must be integers, got {list(array.shape)} {array.dtype}")
-    return np.ascontiguousarray(array, np.int64)
+    return array.astype(np.int64, order="C", copy=False)
 
 
 def _mask(ids: np.ndarray, mask: Any, lengths: Any) -> np.ndarray | None:

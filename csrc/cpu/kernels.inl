@@ -29,10 +29,17 @@ struct DotBf16 {
     return _mm512_dpbf16_ps(acc, bits<__m512bh>(a), bits<__m512bh>(b));
   }
 #elif defined(ISA_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-  typedef U32 Word;
-  INLINE Word spread(const char* a) { return broadcast_word(a); }
+  typedef bfloat16x4_t Word;  // lane 0, which the instruction spreads
+  INLINE Word spread(const char* a) { return bits<Word>(uint32x2_t{load<uint32_t>(a), 0}); }
+  INLINE Acc step(Acc acc, Word a, U32 b) { return vbfdotq_lane_f32(acc, bits<bfloat16x8_t>(b), a, 0); }
+#elif defined(ISA_NEON)
+  typedef F32 Word;  // lanes 0 and 1 are the two values
+  INLINE Word spread(const char* a) {
+    return bits<F32>(vshll_n_u16(bits<uint16x4_t>(uint32x2_t{load<uint32_t>(a), 0}), 16));
+  }
   INLINE Acc step(Acc acc, Word a, U32 b) {
-    return vbfdotq_f32(acc, bits<bfloat16x8_t>(a), bits<bfloat16x8_t>(b));
+    acc = vfmaq_laneq_f32(acc, bits<F32>(b << 16), a, 0);
+    return vfmaq_laneq_f32(acc, bits<F32>(b & 0xffff0000u), a, 1);
   }
 #else
   struct Word {
@@ -86,9 +93,9 @@ struct DotS8 {
 #endif
   }
 #elif defined(ISA_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
-  typedef U32 Word;
-  INLINE Word spread(const char* a) { return broadcast_word(a); }
-  INLINE Acc step(Acc acc, Word a, U32 b) { return vusdotq_s32(acc, bits<uint8x16_t>(a), bits<int8x16_t>(b)); }
+  typedef uint8x8_t Word;
+  INLINE Word spread(const char* a) { return bits<Word>(uint32x2_t{load<uint32_t>(a), 0}); }
+  INLINE Acc step(Acc acc, Word a, U32 b) { return vsudotq_lane_s32(acc, bits<int8x16_t>(b), a, 0); }
 #elif defined(ISA_NEON)
   // Products of signed bytes: two of them fit 16 bits, as B is at least -127.
   typedef U32 Word;

@@ -271,7 +271,7 @@ TEST(bits_do_not_depend_on_the_call) {
       for (const Kernels* kernels : kernels_here) {
         const auto expected = alone(model, *kernels, mix);
         for (int threads : {1, 2, 3, 5}) {
-          if (kernels != kernels_here[0] && threads % 2 == 0) continue;
+          if (kernels != kernels_here[0] && threads != 3) continue;
           const check::Where where(describe(*kernels, model.shape()) + " threads " + std::to_string(threads));
           Encoder encoder(model.shape(), model.packed->data(), threads, *kernels);
           add_all(encoder);

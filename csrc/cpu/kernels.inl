@@ -522,10 +522,10 @@ void hyperbolic_tangent(float* values, int64_t count) {
 // ---- attention of one head of one sequence ----
 
 /// 4 x 4 or larger squares of words, transposed in registers.
-INLINE void transpose(const char* from, int64_t stride, char* to) {
+INLINE void transpose(const char* from, int64_t stride, int rows, char* to) {
   U32 row[kLanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) row[i] = load<U32>(from + i * stride);
+  for (int i = 0; i < kLanes; ++i) row[i] = i < rows ? load<U32>(from + i * stride) : U32{};
   // Butterflies: step s exchanges what lies s apart in row and column.
 #pragma GCC unroll 4
   for (int s = 1; s < kLanes; s *= 2) {
@@ -546,22 +546,22 @@ INLINE void transpose(const char* from, int64_t stride, char* to) {
   for (int i = 0; i < kLanes; ++i) store(to + i * int64_t{kPanelRowBytes}, row[i]);
 }
 
-/// K, given as rows of words, as panels: panel p, word j, column c = word j of key 64 p + c.
+/// K, given as rows of words, as panels: panel p, word j, column c = word j of key 64 p + c. Columns beyond the
+/// last key are left as they are: nobody reads the scores there.
 INLINE void pack_keys(const char* k, int64_t stride, int keys, int size, int element, char* to) {
   const int words = (size * element + kWordBytes - 1) / kWordBytes;
   const int whole = size * element / kWordBytes / kLanes * kLanes;  // words that squares cover
   for (int p = 0; p * kPanelColumns < keys; ++p) {
     char* panel = to + static_cast<int64_t>(p) * words * kPanelRowBytes;
     const int columns = keys - p * kPanelColumns < kPanelColumns ? keys - p * kPanelColumns : kPanelColumns;
-    if (columns < kPanelColumns) __builtin_memset(panel, 0, static_cast<int64_t>(words) * kPanelRowBytes);
     for (int c = 0; c < columns; c += kLanes) {
       const char* from = k + (p * int64_t{kPanelColumns} + c) * stride;
       char* here = panel + c * kWordBytes;
-      const bool square = c + kLanes <= columns;
-      for (int j = 0; square && j < whole; j += kLanes)
-        transpose(from + j * kWordBytes, stride, here + j * int64_t{kPanelRowBytes});
-      for (int i = 0; i < kLanes && c + i < columns; ++i)
-        for (int j = square ? whole : 0; j < words; ++j) {
+      const int rows = columns - c < kLanes ? columns - c : kLanes;
+      for (int j = 0; j < whole; j += kLanes)
+        transpose(from + j * kWordBytes, stride, rows, here + j * int64_t{kPanelRowBytes});
+      for (int i = 0; i < rows; ++i)
+        for (int j = whole; j < words; ++j) {
           const int left = size * element - j * kWordBytes;
           uint32_t word = 0;
           __builtin_memcpy(&word, from + i * stride + j * kWordBytes, left < kWordBytes ? left : kWordBytes);
@@ -607,7 +607,8 @@ INLINE void pack_values(const char* v, int64_t stride, int keys, int size, char*
 
 /// Scores of one query to probabilities, not yet divided by the sum, which it returns.
 template <bool bf16>
-INLINE float soften(float* scores, char* out, int keys, int padded, float scale) {
+INLINE float soften(float* scores, char* out, int keys, float scale) {
+  const int padded = static_cast<int>(round_up(keys, kLanes));
   for (int i = keys; i < padded; ++i) scores[i] = -3.0e38f;
   F32 most = broadcast(-3.0e38f);
   for (int i = 0; i < padded; i += kLanes) most = max(most, load<F32>(scores + i));
@@ -672,8 +673,7 @@ void attend(const AttentionTask& task, int head, int begin, int end, int query_b
     }
     float inverse[kTileRows];
     for (int r = 0; r < rows; ++r)
-      inverse[r] = 1.f / soften<bf16>(scores + r * padded, weights + r * padded * int64_t{element}, keys, padded,
-                                      scale);
+      inverse[r] = 1.f / soften<bf16>(scores + r * padded, weights + r * padded * int64_t{element}, keys, scale);
     for (int p = 0; p < value_panels; ++p) {
       const int columns = d - p * kPanelColumns < kPanelColumns ? d - p * kPanelColumns : kPanelColumns;
       multiply<Dot>(rows, weights, padded * int64_t{element},

@@ -306,6 +306,29 @@ TEST(bits_do_not_depend_on_the_call) {
     }
 }
 
+TEST(padding_inside_a_sequence) {
+  // A token's position is its column (BERT) or counts the tokens before it that are not padding (RoBERTa).
+  for (auto family : {bert, roberta})
+    for (DType dtype : kDTypes) {
+      const Model model(family(dtype));
+      const Shape& shape = model.shape();
+      const check::Where where(describe(*available_kernels()[0], shape));
+      Encoder encoder(shape, model.packed->data(), 1, *available_kernels()[0]);
+      const int32_t whole = add_all(encoder)[0];
+      const int64_t pad = std::max(shape.padding_id, 0);
+      const std::vector<int64_t> ids = {pad, 5, pad, pad, 9, 11, pad};
+      const std::vector<uint8_t> mask = {0, 1, 0, 0, 1, 1, 0};
+      const bool counts = shape.padding_id >= 0;
+      const Sequence real{
+          {5, 9, 11}, {0, 0, 0}, counts ? std::vector<int>{2, 3, 4} : std::vector<int>{1, 4, 5}};
+      std::vector<float> pooled(shape.hidden, NAN);
+      Output output;
+      output.pooled = pooled.data();
+      encoder.run({1, 7, ids.data(), mask.data(), nullptr, nullptr, &whole}, output);
+      CHECK(same(pooled, call(encoder, {real}, {whole}, {0, 0, true, 0})[0].pooled));
+    }
+}
+
 TEST(bits_of_a_long_sequence_and_of_many_rows) {
   // More rows than one chunk of a product, and a sequence whose queries are dealt out in parts.
   for (DType dtype : kDTypes) {

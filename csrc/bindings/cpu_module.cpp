@@ -51,8 +51,8 @@ const Kernels& find_kernels(const std::string& name) {
     if (name.empty() || name == k->name) return *k;
     names += (names.empty() ? "" : ", ") + std::string(k->name);
   }
-  throw std::invalid_argument("the instruction set must be one of " + names + " (those this processor has), got " +
-                              name);
+  throw std::invalid_argument("the instruction set must be one of " + names +
+                              " (those this processor has), got " + name);
 }
 
 /// The encoder, and the Python object whose memory it reads.
@@ -62,11 +62,13 @@ class Engine {
       : memory_(memory.request()) {
     const Shape shape = shape_from(fields);
     if (memory_.size * memory_.itemsize != packed_bytes(shape))
-      throw std::invalid_argument("the packed weights have " + std::to_string(memory_.size * memory_.itemsize) +
+      throw std::invalid_argument("the packed weights have " +
+                                  std::to_string(memory_.size * memory_.itemsize) +
                                   " bytes, the model's shape needs " + std::to_string(packed_bytes(shape)));
     if (reinterpret_cast<uintptr_t>(memory_.ptr) % 64)
       throw std::invalid_argument("the packed weights must be aligned to 64 bytes");
-    encoder_ = std::make_unique<Encoder>(shape, static_cast<const char*>(memory_.ptr), threads, find_kernels(isa));
+    encoder_ =
+        std::make_unique<Encoder>(shape, static_cast<const char*>(memory_.ptr), threads, find_kernels(isa));
   }
 
   int add_subnet(std::vector<int> layers, std::vector<int> heads, std::vector<int> neurons) {
@@ -74,8 +76,9 @@ class Engine {
   }
 
   py::tuple run(const Array<int64_t>& ids, const std::optional<Array<uint8_t>>& mask,
-                const std::optional<Array<int64_t>>& token_types, const std::optional<Array<int64_t>>& positions,
-                const Array<int32_t>& subnets, int hidden_states, bool pooled, bool profile) {
+                const std::optional<Array<int64_t>>& token_types,
+                const std::optional<Array<int64_t>>& positions, const Array<int32_t>& subnets,
+                int hidden_states, bool pooled, bool profile) {
     if (ids.ndim() != 2) throw std::invalid_argument("input_ids must be [batch, length]");
     const Shape& shape = encoder_->shape();
     const int64_t sequences = ids.shape(0), length = ids.shape(1), hidden = shape.hidden;
@@ -96,7 +99,8 @@ class Engine {
                 positions ? positions->data() : nullptr,
                 subnets.data()};
     Output output;
-    Array<float> logits({sequences, static_cast<int64_t>(shape.labels)}), pool({pooled ? sequences : 0, hidden});
+    Array<float> logits({sequences, static_cast<int64_t>(shape.labels)}),
+        pool({pooled ? sequences : 0, hidden});
     if (shape.labels) output.logits = logits.mutable_data();
     if (pooled) output.pooled = pool.mutable_data();
     py::list states;
@@ -157,11 +161,12 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("packed_bytes", [](const py::dict& fields) { return packed_bytes(shape_from(fields)); });
   py::class_<Engine>(m, "Engine")
-      .def(py::init<const py::dict&, py::buffer, int, const std::string&>(), py::arg("shape"), py::arg("memory"),
-           py::arg("threads"), py::arg("isa"))
+      .def(py::init<const py::dict&, py::buffer, int, const std::string&>(), py::arg("shape"),
+           py::arg("memory"), py::arg("threads"), py::arg("isa"))
       .def("add_subnet", &Engine::add_subnet)
-      .def("run", &Engine::run, py::arg("input_ids"), py::arg("mask"), py::arg("token_types"), py::arg("positions"),
-           py::arg("subnets"), py::arg("hidden_states"), py::arg("pooled"), py::arg("profile"))
+      .def("run", &Engine::run, py::arg("input_ids"), py::arg("mask"), py::arg("token_types"),
+           py::arg("positions"), py::arg("subnets"), py::arg("hidden_states"), py::arg("pooled"),
+           py::arg("profile"))
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("isa", &Engine::isa);
 }

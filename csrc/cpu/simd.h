@@ -144,7 +144,8 @@ INLINE F32 exp(F32 a) {
   const I32 n = round_to_int(x);
   // Two factors: 2^n itself may be out of range where the product is not.
   const I32 half = n >> 1;
-  return power_of_2<true>(x - to_float(n)) * bits<F32>((half + 127) << 23) * bits<F32>((n - half + 127) << 23);
+  return power_of_2<true>(x - to_float(n)) * bits<F32>((half + 127) << 23) *
+         bits<F32>((n - half + 127) << 23);
 }
 
 /// e^a for a <= 0, for the softmax. Below -87 it is 1.2e-38, which no sum of float32 notices.

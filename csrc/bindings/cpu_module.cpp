@@ -53,8 +53,8 @@ const Kernels& find_kernels(const std::string& name) {
     if (name.empty() || name == k->name) return *k;
     names += (names.empty() ? "" : ", ") + std::string(k->name);
   }
-  throw std::invalid_argument("the instruction set must be one of " + names + " (those this processor has), got " +
-                              name);
+  throw std::invalid_argument("the instruction set must be one of " + names +
+                              " (those this processor has), got " + name);
 }
 
 /// The encoder, and the Python object whose memory it reads.
@@ -64,11 +64,13 @@ class Engine {
       : memory_(memory.request()) {
     const Shape shape = shape_from(fields);
     if (memory_.size * memory_.itemsize != packed_bytes(shape))
-      throw std::invalid_argument("the packed weights have " + std::to_string(memory_.size * memory_.itemsize) +
+      throw std::invalid_argument("the packed weights have " +
+                                  std::to_string(memory_.size * memory_.itemsize) +
                                   " bytes, the model's shape needs " + std::to_string(packed_bytes(shape)));
     if (reinterpret_cast<uintptr_t>(memory_.ptr) % 64)
       throw std::invalid_argument("the packed weights must be aligned to 64 bytes");
-    encoder_ = std::make_unique<Encoder>(shape, static_cast<const char*>(memory_.ptr), threads, find_kernels(isa));
+    encoder_ =
+        std::make_unique<Encoder>(shape, static_cast<const char*>(memory_.ptr), threads, find_kernels(isa));
   }
 
   int add_subnet(std::vector<int> layers, std::vector<int> heads, std::vector<int> neurons) {
@@ -76,8 +78,9 @@ class Engine {
   }
 
   py::tuple run(const Array<int64_t>& ids, const std::optional<Array<uint8_t>>& mask,
-                const std::optional<Array<int64_t>>& token_types, const std::optional<Array<int64_t>>& positions,
-                const Array<int32_t>& subnets, int hidden_states, bool pooled, bool profile) {
+                const std::optional<Array<int64_t>>& token_types,
+                const std::optional<Array<int64_t>>& positions, const Array<int32_t>& subnets,
+                int hidden_states, bool pooled, bool profile) {
     if (ids.ndim() != 2) throw std::invalid_argument("input_ids must be [batch, length]");
     const Shape& shape = encoder_->shape();
     const int64_t sequences = ids.shape(0), length = ids.shape(1), hidden = shape.hidden;
@@ -98,7 +101,8 @@ class Engine {
                 positions ? positions->data() : nullptr,
                 subnets.data()};
     Output output;
-    Array<float> logits({sequences, static_cast<int64_t>(shape.labels)}), pool({pooled ? sequences : 0, hidden});
+    Array<float> logits({sequences, static_cast<int64_t>(shape.labels)}),
+        pool({pooled ? sequences : 0, hidden});
     if (shape.labels) output.logits = logits.mutable_data();
     if (pooled) output.pooled = pool.mutable_data();
     py::list states;
@@ -164,93 +168,142 @@ void bind_ops(py::module_& m) {
   typedef const std::vector<int64_t>& Rows;
   const auto release = py::call_guard<py::gil_scoped_release>();
   py::class_<Ops>(m, "Ops")
-      .def(py::init([](int threads, const std::string& isa) {
-             return std::make_unique<Ops>(threads, find_kernels(isa));
+      .def(py::init([](int threads, const std::string& isa, uintptr_t parallel) {
+             return std::make_unique<Ops>(threads, find_kernels(isa),
+                                          reinterpret_cast<OpenMpParallel>(parallel));
            }),
-           py::arg("threads"), py::arg("isa"))
-      .def("expand",
-           [](Ops& ops, bool bf16, Address x, Address weight, uintptr_t bias, int depth, Extents extents, Rows rows,
-              int activation, Address out, Address pre) {
-             ops.expand(tensor_type(bf16), view_of(x), view_of(weight), pointer(bias), depth, blocks_of(extents, rows),
-                        static_cast<Activation>(activation), view_of(out), view_of(pre));
-           },
-           release)
-      .def("contract",
-           [](Ops& ops, bool bf16, Address x, Address weight_t, uintptr_t bias, int columns, Extents extents,
-              Rows rows, Address out) {
-             ops.contract(tensor_type(bf16), view_of(x), view_of(weight_t), pointer(bias), columns,
-                          blocks_of(extents, rows), view_of(out));
-           },
-           release)
-      .def("weight_gradient",
-           [](Ops& ops, bool bf16, Address left, Address right, int columns, Extents extents, Rows rows,
-              int weight_rows, Address out) {
-             ops.weight_gradient(tensor_type(bf16), view_of(left), view_of(right), columns, blocks_of(extents, rows),
-                                 weight_rows, view_of(out));
-           },
-           release)
-      .def("column_sums",
-           [](Ops& ops, bool bf16, Address x, Extents extents, Rows rows, int columns, uintptr_t sums) {
-             ops.column_sums(tensor_type(bf16), view_of(x), blocks_of(extents, rows), columns,
-                             reinterpret_cast<float*>(sums));
-           },
-           release)
-      .def("attention",
-           [](Ops& ops, bool bf16, int head_size, Address qkv, Address out, Address lse, Address grad, Address grad_qkv,
-              const std::vector<int64_t>& offsets, Extents heads, Rows sequences, uint64_t seed, uint32_t threshold,
-              float scale) {
-             AttentionOp task{tensor_type(bf16), head_size, {seed, threshold, scale}, view_of(qkv), view_of(out),
-                              reinterpret_cast<float*>(std::get<0>(lse)), std::get<1>(lse), view_of(grad),
-                              view_of(grad_qkv)};
-             ops.attention(task, offsets, blocks_of(heads, sequences));
-           },
-           release)
-      .def("norm",
-           [](Ops& ops, bool bf16, int hidden, float eps, uint64_t seed, uint32_t threshold, float scale,
-              uintptr_t weight, uintptr_t bias, Address x, Address residual, Address z, Address out, uintptr_t mean,
-              uintptr_t rstd, int64_t rows) {
-             ops.norm({tensor_type(bf16), false, hidden, eps, {seed, threshold, scale}, pointer(weight), pointer(bias),
-                       view_of(x), view_of(residual), view_of(z), view_of(out), reinterpret_cast<float*>(mean),
-                       reinterpret_cast<float*>(rstd), {}, {}},
-                      rows);
-           },
-           release)
-      .def("embed",
-           [](Ops& ops, bool bf16, int hidden, float eps, uint64_t seed, uint32_t threshold, float scale,
-              uintptr_t weight, uintptr_t bias, std::array<Address, 3> tables, std::array<uintptr_t, 3> ids, Address z,
-              Address out, uintptr_t mean, uintptr_t rstd, int64_t rows) {
-             NormOp task{tensor_type(bf16), true, hidden, eps, {seed, threshold, scale}, pointer(weight), pointer(bias),
-                         {}, {}, view_of(z), view_of(out), reinterpret_cast<float*>(mean),
-                         reinterpret_cast<float*>(rstd), {}, {}};
-             for (int i = 0; i < 3; ++i) {
-               task.tables[i] = view_of(tables[i]);
-               task.ids[i] = reinterpret_cast<const int64_t*>(ids[i]);
-             }
-             ops.norm(task, rows);
-           },
-           release)
-      .def("norm_backward",
-           [](Ops& ops, bool bf16, bool embeds, int hidden, uint64_t seed, uint32_t threshold, float scale,
-              uintptr_t weight, Address grad, Address z, uintptr_t mean, uintptr_t rstd, Address grad_z,
-              Address grad_x, uintptr_t grad_weight, uintptr_t grad_bias, int64_t rows) {
-             ops.norm_backward({tensor_type(bf16), embeds, hidden, 0.f, {seed, threshold, scale}, pointer(weight),
-                                nullptr, view_of(grad_x), view_of(grad_z), view_of(z), view_of(grad),
-                                reinterpret_cast<float*>(mean), reinterpret_cast<float*>(rstd), {}, {}},
-                               rows, reinterpret_cast<char*>(grad_weight), reinterpret_cast<char*>(grad_bias));
-           },
-           release)
-      .def("scatter",
-           [](Ops& ops, bool bf16, Address grad, uintptr_t ids, int64_t rows, uintptr_t table, int columns) {
-             ops.scatter(tensor_type(bf16), view_of(grad), reinterpret_cast<const int64_t*>(ids), rows,
-                         reinterpret_cast<char*>(table), columns);
-           },
-           release)
-      .def("slope",
-           [](Ops& ops, bool bf16, int activation, Address grad, Address pre, Extents extents, Rows rows, Address out) {
-             ops.slope(tensor_type(bf16), static_cast<Activation>(activation), view_of(grad), view_of(pre),
-                       blocks_of(extents, rows), view_of(out));
-           },
-           release);
+           py::arg("threads"), py::arg("isa"), py::arg("parallel"))
+      .def(
+          "expand",
+          [](Ops& ops, bool bf16, Address x, Address weight, uintptr_t bias, int depth, Extents extents,
+             Rows rows, int activation, Address out, Address pre) {
+            ops.expand(tensor_type(bf16), view_of(x), view_of(weight), pointer(bias), depth,
+                       blocks_of(extents, rows), static_cast<Activation>(activation), view_of(out),
+                       view_of(pre));
+          },
+          release)
+      .def(
+          "contract",
+          [](Ops& ops, bool bf16, Address x, Address weight_t, uintptr_t bias, int columns, Extents extents,
+             Rows rows, Address out) {
+            ops.contract(tensor_type(bf16), view_of(x), view_of(weight_t), pointer(bias), columns,
+                         blocks_of(extents, rows), view_of(out));
+          },
+          release)
+      .def(
+          "weight_gradient",
+          [](Ops& ops, bool bf16, Address left, Address right, int columns, Extents extents, Rows rows,
+             int weight_rows, Address out) {
+            ops.weight_gradient(tensor_type(bf16), view_of(left), view_of(right), columns,
+                                blocks_of(extents, rows), weight_rows, view_of(out));
+          },
+          release)
+      .def(
+          "column_sums",
+          [](Ops& ops, bool bf16, Address x, Extents extents, Rows rows, int columns, uintptr_t sums) {
+            ops.column_sums(tensor_type(bf16), view_of(x), blocks_of(extents, rows), columns,
+                            reinterpret_cast<float*>(sums));
+          },
+          release)
+      .def(
+          "attention",
+          [](Ops& ops, bool bf16, int head_size, Address qkv, Address out, Address lse, Address grad,
+             Address grad_qkv, const std::vector<int64_t>& offsets, Extents heads, Rows sequences,
+             uint64_t seed, uint32_t threshold, float scale) {
+            AttentionOp task{tensor_type(bf16), head_size,     {seed, threshold, scale},
+                             view_of(qkv),      view_of(out),  reinterpret_cast<float*>(std::get<0>(lse)),
+                             std::get<1>(lse),  view_of(grad), view_of(grad_qkv)};
+            ops.attention(task, offsets, blocks_of(heads, sequences));
+          },
+          release)
+      .def(
+          "norm",
+          [](Ops& ops, bool bf16, int hidden, float eps, uint64_t seed, uint32_t threshold, float scale,
+             uintptr_t weight, uintptr_t bias, Address x, Address residual, Address z, Address out,
+             uintptr_t mean, uintptr_t rstd, int64_t rows) {
+            ops.norm({tensor_type(bf16),
+                      false,
+                      hidden,
+                      eps,
+                      {seed, threshold, scale},
+                      pointer(weight),
+                      pointer(bias),
+                      view_of(x),
+                      view_of(residual),
+                      view_of(z),
+                      view_of(out),
+                      reinterpret_cast<float*>(mean),
+                      reinterpret_cast<float*>(rstd),
+                      {},
+                      {}},
+                     rows);
+          },
+          release)
+      .def(
+          "embed",
+          [](Ops& ops, bool bf16, int hidden, float eps, uint64_t seed, uint32_t threshold, float scale,
+             uintptr_t weight, uintptr_t bias, std::array<Address, 3> tables, std::array<uintptr_t, 3> ids,
+             Address z, Address out, uintptr_t mean, uintptr_t rstd, int64_t rows) {
+            NormOp task{tensor_type(bf16),
+                        true,
+                        hidden,
+                        eps,
+                        {seed, threshold, scale},
+                        pointer(weight),
+                        pointer(bias),
+                        {},
+                        {},
+                        view_of(z),
+                        view_of(out),
+                        reinterpret_cast<float*>(mean),
+                        reinterpret_cast<float*>(rstd),
+                        {},
+                        {}};
+            for (int i = 0; i < 3; ++i) {
+              task.tables[i] = view_of(tables[i]);
+              task.ids[i] = reinterpret_cast<const int64_t*>(ids[i]);
+            }
+            ops.norm(task, rows);
+          },
+          release)
+      .def(
+          "norm_backward",
+          [](Ops& ops, bool bf16, bool embeds, int hidden, uint64_t seed, uint32_t threshold, float scale,
+             uintptr_t weight, Address grad, Address z, uintptr_t mean, uintptr_t rstd, Address grad_z,
+             Address grad_x, uintptr_t grad_weight, uintptr_t grad_bias, int64_t rows) {
+            ops.norm_backward({tensor_type(bf16),
+                               embeds,
+                               hidden,
+                               0.f,
+                               {seed, threshold, scale},
+                               pointer(weight),
+                               nullptr,
+                               view_of(grad_x),
+                               view_of(grad_z),
+                               view_of(z),
+                               view_of(grad),
+                               reinterpret_cast<float*>(mean),
+                               reinterpret_cast<float*>(rstd),
+                               {},
+                               {}},
+                              rows, reinterpret_cast<char*>(grad_weight), reinterpret_cast<char*>(grad_bias));
+          },
+          release)
+      .def(
+          "scatter",
+          [](Ops& ops, bool bf16, Address grad, uintptr_t ids, int64_t rows, uintptr_t table, int columns) {
+            ops.scatter(tensor_type(bf16), view_of(grad), reinterpret_cast<const int64_t*>(ids), rows,
+                        reinterpret_cast<char*>(table), columns);
+          },
+          release)
+      .def(
+          "slope",
+          [](Ops& ops, bool bf16, int activation, Address grad, Address pre, Extents extents, Rows rows,
+             Address out) {
+            ops.slope(tensor_type(bf16), static_cast<Activation>(activation), view_of(grad), view_of(pre),
+                      blocks_of(extents, rows), view_of(out));
+          },
+          release);
 }
 
 }  // namespace
@@ -271,11 +324,12 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("packed_bytes", [](const py::dict& fields) { return packed_bytes(shape_from(fields)); });
   py::class_<Engine>(m, "Engine")
-      .def(py::init<const py::dict&, py::buffer, int, const std::string&>(), py::arg("shape"), py::arg("memory"),
-           py::arg("threads"), py::arg("isa"))
+      .def(py::init<const py::dict&, py::buffer, int, const std::string&>(), py::arg("shape"),
+           py::arg("memory"), py::arg("threads"), py::arg("isa"))
       .def("add_subnet", &Engine::add_subnet)
-      .def("run", &Engine::run, py::arg("input_ids"), py::arg("mask"), py::arg("token_types"), py::arg("positions"),
-           py::arg("subnets"), py::arg("hidden_states"), py::arg("pooled"), py::arg("profile"))
+      .def("run", &Engine::run, py::arg("input_ids"), py::arg("mask"), py::arg("token_types"),
+           py::arg("positions"), py::arg("subnets"), py::arg("hidden_states"), py::arg("pooled"),
+           py::arg("profile"))
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("isa", &Engine::isa);
   bind_ops(m);

@@ -76,7 +76,8 @@ void attend_op(const AttentionOp& task, int head, int begin, int end, int64_t ma
   const char* qkv = task.qkv.data + begin * stride + int64_t{head} * 3 * d * element;
   char* k_panels = scratch;
   char* v_panels = k_panels + static_cast<int64_t>(key_panels) * head_words * kPanelRowBytes;
-  float* scores = reinterpret_cast<float*>(v_panels + static_cast<int64_t>(value_panels) * key_words * kPanelRowBytes);
+  float* scores =
+      reinterpret_cast<float*>(v_panels + static_cast<int64_t>(value_panels) * key_words * kPanelRowBytes);
   char* weights = reinterpret_cast<char*>(scores + kTileRows * padded);
   char* query = weights + kTileRows * padded * element;
   pack_keys(qkv + d * element, stride, keys, d, element, k_panels);
@@ -119,13 +120,14 @@ void attend_op(const AttentionOp& task, int head, int begin, int end, int64_t ma
     for (int p = 0; p < value_panels; ++p) {
       const int columns = d - p * kPanelColumns < kPanelColumns ? d - p * kPanelColumns : kPanelColumns;
       multiply<Dot>(rows, weights, padded * int64_t{element},
-                    v_panels + static_cast<int64_t>(p) * key_words * kPanelRowBytes, key_words, columns, Start<F32>{},
-                    acc, kPanelVectors);
+                    v_panels + static_cast<int64_t>(p) * key_words * kPanelRowBytes, key_words, columns,
+                    Start<F32>{}, acc, kPanelVectors);
       for (int r = 0; r < rows; ++r) {
         char* to = task.out.data +
                    ((begin + q + r) * task.out.stride + head * int64_t{d} + p * kPanelColumns) * element;
         for (int c = 0; c < columns; c += kLanes)
-          store_values<dtype>(to + c * element, acc[r * kPanelVectors + c / kLanes] * inverse[r], columns - c);
+          store_values<dtype>(to + c * element, acc[r * kPanelVectors + c / kLanes] * inverse[r],
+                              columns - c);
       }
     }
   }
@@ -140,8 +142,9 @@ INLINE void accumulate(int count, const char* at, int64_t at_stride, const char*
     const int columns = d - p * kPanelColumns < kPanelColumns ? d - p * kPanelColumns : kPanelColumns;
     for (int k = 0; k < count; k += kTileRows) {
       const int rows = count - k < kTileRows ? count - k : kTileRows;
-      multiply<Dot>(rows, at + k * at_stride, at_stride, panels + static_cast<int64_t>(p) * words * kPanelRowBytes,
-                    words, columns, Start<F32>{}, acc, kPanelVectors);
+      multiply<Dot>(rows, at + k * at_stride, at_stride,
+                    panels + static_cast<int64_t>(p) * words * kPanelRowBytes, words, columns, Start<F32>{},
+                    acc, kPanelVectors);
       for (int r = 0; r < rows; ++r) {
         float* to = sums + (k + r) * sums_stride + p * kPanelColumns;
         for (int c = 0; c < columns; c += kLanes)
@@ -172,13 +175,13 @@ void attend_backward(const AttentionOp& task, int head, int begin, int end, int6
     return here;
   };
   const int block = kQueryBlock, block_words = block / group;
-  char* k_columns = take(static_cast<int64_t>(key_panels) * head_words * kPanelRowBytes);  // for Q K^T
-  char* v_columns = take(static_cast<int64_t>(key_panels) * head_words * kPanelRowBytes);  // for dO V^T
-  char* k_rows = take(static_cast<int64_t>(head_panels) * key_words * kPanelRowBytes);     // for dS K
-  char* q_rows = take(static_cast<int64_t>(head_panels) * block_words * kPanelRowBytes);   // for dS^T Q
+  char* k_columns = take(static_cast<int64_t>(key_panels) * head_words * kPanelRowBytes);    // for Q K^T
+  char* v_columns = take(static_cast<int64_t>(key_panels) * head_words * kPanelRowBytes);    // for dO V^T
+  char* k_rows = take(static_cast<int64_t>(head_panels) * key_words * kPanelRowBytes);       // for dS K
+  char* q_rows = take(static_cast<int64_t>(head_panels) * block_words * kPanelRowBytes);     // for dS^T Q
   char* grad_rows = take(static_cast<int64_t>(head_panels) * block_words * kPanelRowBytes);  // for P^T dO
-  char* weights = take(int64_t{block} * padded * element);  // P, dropped out
-  char* slopes = take(int64_t{block} * padded * element);   // dS
+  char* weights = take(int64_t{block} * padded * element);                                   // P, dropped out
+  char* slopes = take(int64_t{block} * padded * element);                                    // dS
   char* flipped = take(int64_t{padded} * block * element);  // their transposes, one after the other
   float* scores = reinterpret_cast<float*>(take(int64_t{kTileRows} * padded * 4));
   float* changes = reinterpret_cast<float*>(take(int64_t{kTileRows} * padded * 4));
@@ -204,7 +207,8 @@ void attend_backward(const AttentionOp& task, int head, int begin, int end, int6
       const char* q_from = whole_words<bf16>(qkv + q * stride, q_stride, rows, d, query);
       const char* g_from = whole_words<bf16>(grad + q * grad_stride, g_stride, rows, d, change);
       for (int p = 0; p < key_panels; ++p) {
-        const int columns = keys - p * kPanelColumns < kPanelColumns ? keys - p * kPanelColumns : kPanelColumns;
+        const int columns =
+            keys - p * kPanelColumns < kPanelColumns ? keys - p * kPanelColumns : kPanelColumns;
         const int64_t panel = static_cast<int64_t>(p) * head_words * kPanelRowBytes;
         multiply<Dot>(rows, q_from, q_stride, k_columns + panel, head_words, columns, Start<F32>{},
                       reinterpret_cast<F32*>(scores + p * kPanelColumns), padded / kLanes);
@@ -246,8 +250,8 @@ void attend_backward(const AttentionOp& task, int head, int begin, int end, int6
       for (int p = 0; p < head_panels; ++p) {
         const int columns = d - p * kPanelColumns < kPanelColumns ? d - p * kPanelColumns : kPanelColumns;
         multiply<Dot>(rows, slopes + (q - first) * int64_t{padded} * element, padded * int64_t{element},
-                      k_rows + static_cast<int64_t>(p) * key_words * kPanelRowBytes, key_words, columns, Start<F32>{},
-                      acc, kPanelVectors);
+                      k_rows + static_cast<int64_t>(p) * key_words * kPanelRowBytes, key_words, columns,
+                      Start<F32>{}, acc, kPanelVectors);
         for (int r = 0; r < rows; ++r)
           for (int c = 0; c < columns; c += kLanes)
             store_values<dtype>(target + (q + r) * target_stride + (p * kPanelColumns + c) * element,

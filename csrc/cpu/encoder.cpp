@@ -133,7 +133,7 @@ class Encoder::Pass {
         w_.ids.push_back(checked("token ids", id, shape_.vocabulary));
         w_.token_types.push_back(
             batch_.token_types ? checked("token_type_ids", batch_.token_types[at], shape_.token_types) : 0);
-        const int64_t position = batch_.positions         ? batch_.positions[at]
+        const int64_t position = batch_.positions             ? batch_.positions[at]
                                  : shape_.first_position == 0 ? s
                                  : counted                    ? shape_.padding_id + real
                                                               : shape_.padding_id;
@@ -296,8 +296,8 @@ class Encoder::Pass {
     const DType dtype = shape_.dtype;
     const bool f32 = dtype == DType::kF32;
     int number = 0;
-    const EmbedTask embed{dtype,        &e_.model_,           w_.ids.data(), w_.token_types.data(),
-                          w_.positions.data(), x_, x_stride_, operand_};
+    const EmbedTask embed{dtype, &e_.model_, w_.ids.data(), w_.token_types.data(), w_.positions.data(),
+                          x_,    x_stride_,  operand_};
     rows_phase(thread, number, kEmbed, rows_,
                [&](const Tile& t) { e_.kernels_.embed(embed, t.row, t.row + t.rows); });
     const bool all_hidden = out_.hidden.size() > 1;
@@ -385,10 +385,8 @@ class Encoder::Pass {
   }
 
   void set_output(LinearTask& task, char* out, int64_t stride) {
-    if (shape_.dtype == DType::kF32)
-      task.out_f32 = reinterpret_cast<float*>(out);
-    else
-      task.out_bf16 = reinterpret_cast<uint16_t*>(out);
+    if (shape_.dtype == DType::kF32) task.out_f32 = reinterpret_cast<float*>(out);
+    else task.out_bf16 = reinterpret_cast<uint16_t*>(out);
     task.out_stride = stride;
   }
 
@@ -456,9 +454,9 @@ class Encoder::Pass {
         // Eight sums in a fixed order: the compiler may not reorder one.
         float sums[8] = {};
         for (int j = 0; j < hidden; ++j) sums[j % 8] += row[j] * weight[j];
-        out_.logits[order_[i] * int64_t{shape_.labels} + c] =
-            e_.model_.classifier_bias[c] + ((sums[0] + sums[4]) + (sums[2] + sums[6])) +
-            ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+        out_.logits[order_[i] * int64_t{shape_.labels} + c] = e_.model_.classifier_bias[c] +
+                                                              ((sums[0] + sums[4]) + (sums[2] + sums[6])) +
+                                                              ((sums[1] + sums[5]) + (sums[3] + sums[7]));
       }
     }
     if (out_.seconds)
@@ -496,7 +494,8 @@ int Encoder::add_subnet(Subnet subnet) {
   int last = -1;
   for (size_t i = 0; i < subnet.layers.size(); ++i) {
     const int layer = subnet.layers[i];
-    if (layer <= last || layer >= s.layers()) refuse("layers must be ascending and below " + std::to_string(s.layers()));
+    if (layer <= last || layer >= s.layers())
+      refuse("layers must be ascending and below " + std::to_string(s.layers()));
     if (subnet.heads[i] < 1 || subnet.heads[i] > s.heads[layer] || subnet.neurons[i] < 1 ||
         subnet.neurons[i] > s.neurons[layer])
       refuse("heads or neurons of layer " + std::to_string(layer) + " do not fit the model");

@@ -68,8 +68,8 @@ class Encoder {
   Model model_;
   const Kernels& kernels_;
   ThreadTeam team_;
-  std::mutex turn_;    // of the team
-  std::mutex mutex_;   // of what follows
+  std::mutex turn_;             // of the team
+  std::mutex mutex_;            // of what follows
   std::deque<Subnet> subnets_;  // a deque: its elements stay where they are
   std::vector<std::unique_ptr<Workspace>> free_;
 };

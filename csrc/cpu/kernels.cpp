@@ -17,9 +17,10 @@ int64_t attention_scratch(int length, int head_size) {
 int64_t attention_backward_scratch(int length, int head_size) {
   const int64_t keys = round_up(length, kPanelColumns);
   const int64_t head = round_up(head_size, kPanelColumns);
-  // Panels of K (twice), V, and of a block of Q and dO; P, dS and a transpose; two tiles of scores; dK and dV.
-  const int64_t words = 5 * keys * head + 2 * kQueryBlock * head + 3 * kQueryBlock * keys + 2 * kTileRows * keys +
-                        2 * kTileRows * head;
+  // Panels of K (twice), V, and of a block of Q and dO; P, dS and a transpose; two tiles of scores; dK and
+  // dV.
+  const int64_t words = 5 * keys * head + 2 * kQueryBlock * head + 3 * kQueryBlock * keys +
+                        2 * kTileRows * keys + 2 * kTileRows * head;
   return kWordBytes * words + 16 * 64;
 }
 

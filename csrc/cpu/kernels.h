@@ -73,15 +73,15 @@ struct ProductTile {
 /// One panel of C = A x B + bias.
 struct ProductTask {
   DType dtype;
-  const char* a;         // rows of words along K
-  int64_t a_stride;      // bytes
-  const char* panel;     // of B
-  const float* bias;     // of the panel's 64 columns; null for none
+  const char* a;      // rows of words along K
+  int64_t a_stride;   // bytes
+  const char* panel;  // of B
+  const float* bias;  // of the panel's 64 columns; null for none
   char* out;
-  int64_t out_stride;    // elements
-  char* pre;             // the sums before the activation; null where not wanted
+  int64_t out_stride;  // elements
+  char* pre;           // the sums before the activation; null where not wanted
   int64_t pre_stride;
-  int column;            // of C, the panel's first
+  int column;  // of C, the panel's first
   Activation activation;
 };
 

@@ -29,10 +29,17 @@ struct DotBf16 {
     return _mm512_dpbf16_ps(acc, bits<__m512bh>(a), bits<__m512bh>(b));
   }
 #elif defined(ISA_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-  typedef U32 Word;
-  INLINE Word spread(const char* a) { return broadcast_word(a); }
+  typedef bfloat16x4_t Word;  // lane 0, which the instruction spreads
+  INLINE Word spread(const char* a) { return bits<Word>(uint32x2_t{load<uint32_t>(a), 0}); }
+  INLINE Acc step(Acc acc, Word a, U32 b) { return vbfdotq_lane_f32(acc, bits<bfloat16x8_t>(b), a, 0); }
+#elif defined(ISA_NEON)
+  typedef F32 Word;  // lanes 0 and 1 are the two values
+  INLINE Word spread(const char* a) {
+    return bits<F32>(vshll_n_u16(bits<uint16x4_t>(uint32x2_t{load<uint32_t>(a), 0}), 16));
+  }
   INLINE Acc step(Acc acc, Word a, U32 b) {
-    return vbfdotq_f32(acc, bits<bfloat16x8_t>(a), bits<bfloat16x8_t>(b));
+    acc = vfmaq_laneq_f32(acc, bits<F32>(b << 16), a, 0);
+    return vfmaq_laneq_f32(acc, bits<F32>(b & 0xffff0000u), a, 1);
   }
 #else
   struct Word {
@@ -86,9 +93,9 @@ struct DotS8 {
 #endif
   }
 #elif defined(ISA_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
-  typedef U32 Word;
-  INLINE Word spread(const char* a) { return broadcast_word(a); }
-  INLINE Acc step(Acc acc, Word a, U32 b) { return vusdotq_s32(acc, bits<uint8x16_t>(a), bits<int8x16_t>(b)); }
+  typedef uint8x8_t Word;
+  INLINE Word spread(const char* a) { return bits<Word>(uint32x2_t{load<uint32_t>(a), 0}); }
+  INLINE Acc step(Acc acc, Word a, U32 b) { return vsudotq_lane_s32(acc, bits<int8x16_t>(b), a, 0); }
 #elif defined(ISA_NEON)
   // Products of signed bytes: two of them fit 16 bits, as B is at least -127.
   typedef U32 Word;
@@ -120,8 +127,8 @@ struct DotS8 {
 // Where the register block starts, and what it fetches for later while it computes.
 template <class Acc>
 struct Start {
-  const Acc* first;         // of each column, added to every row's sum; null for zero
-  const char* next;         // cache lines [from, to) of each of its panel rows are fetched; null for none
+  const Acc* first;  // of each column, added to every row's sum; null for zero
+  const char* next;  // cache lines [from, to) of each of its panel rows are fetched; null for none
   int from = 0, to = 0;
 };
 
@@ -174,8 +181,8 @@ INLINE void block_rows(int rows, const char* a, int64_t stride, const char* b, i
 /// The first `columns` columns of a panel (more may be computed), for up to 6 rows.
 template <class Dot>
 __attribute__((noinline)) void multiply(int rows, const char* a, int64_t stride, const char* b, int words,
-                                        int columns, Start<typename Dot::Acc> start,
-                                        typename Dot::Acc* out, int64_t out_stride) {
+                                        int columns, Start<typename Dot::Acc> start, typename Dot::Acc* out,
+                                        int64_t out_stride) {
   const int vectors = (columns + kLanes - 1) / kLanes;
   int v = 0;
   for (; vectors - v > kTileVectors / 2; v += kTileVectors) {
@@ -197,12 +204,12 @@ template <bool precise>
 INLINE F32 gelu(F32 x) {
   constexpr float c = precise ? 5.5f : 4.5f;
   const F32 s = min(broadcast(c), abs(x)) * (2 / c) - 1.f;
-  constexpr float low[] = {0.0274971332f,  -0.133039504f, 0.246592388f, -0.147215813f,
-                           -0.202968270f,  0.434781402f,  -0.204907268f, -0.176315054f,
-                           0.176380441f,   0.0217825044f, -0.0425867960f};
-  constexpr float high[] = {0.00819438044f, -0.0605777502f, 0.191261902f,   -0.308689773f,  0.178981051f,
-                            0.260516167f,   -0.628607810f,  0.459222764f,   0.152560651f,   -0.544098735f,
-                            0.269596308f,   0.230840668f,   -0.253705531f,  -0.0364080369f, 0.0968959481f,
+  constexpr float low[] = {0.0274971332f, -0.133039504f, 0.246592388f,  -0.147215813f,
+                           -0.202968270f, 0.434781402f,  -0.204907268f, -0.176315054f,
+                           0.176380441f,  0.0217825044f, -0.0425867960f};
+  constexpr float high[] = {0.00819438044f,   -0.0605777502f, 0.191261902f,  -0.308689773f,  0.178981051f,
+                            0.260516167f,     -0.628607810f,  0.459222764f,  0.152560651f,   -0.544098735f,
+                            0.269596308f,     0.230840668f,   -0.253705531f, -0.0364080369f, 0.0968959481f,
                             -0.000805350312f, -0.0151768196f};
   F32 p = broadcast(precise ? high[16] : low[10]);
 #pragma GCC unroll 16
@@ -236,9 +243,18 @@ INLINE int words_of(DType dtype, const Matrix& m, int rows) {
   return (used < padded ? used : padded) / group;
 }
 
-template <DType dtype> struct DotOf { typedef DotF32 type; };
-template <> struct DotOf<DType::kBf16> { typedef DotBf16 type; };
-template <> struct DotOf<DType::kS8> { typedef DotS8 type; };
+template <DType dtype>
+struct DotOf {
+  typedef DotF32 type;
+};
+template <>
+struct DotOf<DType::kBf16> {
+  typedef DotBf16 type;
+};
+template <>
+struct DotOf<DType::kS8> {
+  typedef DotS8 type;
+};
 
 /// Scales, activation and store of the sums of a tile in one panel, which include the bias (int8: the
 /// compensation). Columns from `active` on are stored as zeros.
@@ -259,8 +275,7 @@ INLINE void finish(const LinearTask& task, const typename DotOf<dtype>::type::Ac
       F32 value;
       if constexpr (dtype == DType::kS8)
         value = to_float(acc[r * kPanelVectors + v]) * scale * task.input.scale[tile.row + r] + bias;
-      else
-        value = acc[r * kPanelVectors + v];
+      else value = acc[r * kPanelVectors + v];
       value = activate<dtype == DType::kF32>(value, activation);
       if (__builtin_expect(valid < kLanes, 0)) {
         float lanes[kLanes];
@@ -292,8 +307,7 @@ void linear_panel(const LinearTask& task, const Tile* tiles, int count, int pane
     const int rows = m.contracts ? tile.extent : m.rows;
     const int words = words_of(dtype, m, rows);
     Start<Acc> start{};
-    if constexpr (dtype != DType::kS8)
-      start.first = reinterpret_cast<const Acc*>(m.bias + column);
+    if constexpr (dtype != DType::kS8) start.first = reinterpret_cast<const Acc*>(m.bias + column);
     else if constexpr (!Dot::kCompensates)
       start.first = reinterpret_cast<const Acc*>(
           m.compensation + ((rows + m.block - 1) / m.block - 1) * int64_t{m.padded_columns()} + column);
@@ -377,7 +391,8 @@ template <class T>
 INLINE void quantise_row(const T* in, const Operand& out, int row, int columns, int padded) {
   const int whole = columns / kLanes * kLanes;
   // Magnitudes are compared as integers: there NaN is the largest, and is not lost.
-  int32_t most = maximum<int32_t>(largest(columns, [&](int i) { return bits<I32>(abs(load_floats(in + i))); }));
+  int32_t most =
+      maximum<int32_t>(largest(columns, [&](int i) { return bits<I32>(abs(load_floats(in + i))); }));
   for (int j = whole; j < columns; ++j) {
     const int32_t v = bits<int32_t>(__builtin_fabsf(as_float(in[j])));
     most = most > v ? most : v;
@@ -540,31 +555,32 @@ INLINE void transpose_words(U32 (&row)[kLanes]) {
   }
 }
 
-INLINE void transpose(const char* from, int64_t stride, char* to) {
+/// `rows` rows of kLanes words, zeros for the rest, to columns.
+INLINE void transpose(const char* from, int64_t stride, int rows, char* to) {
   U32 row[kLanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) row[i] = load<U32>(from + i * stride);
+  for (int i = 0; i < kLanes; ++i) row[i] = i < rows ? load<U32>(from + i * stride) : U32{};
   transpose_words(row);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) store(to + i * int64_t{kPanelRowBytes}, row[i]);
 }
 
-/// K, given as rows of words, as panels: panel p, word j, column c = word j of key 64 p + c.
+/// K, given as rows of words, as panels: panel p, word j, column c = word j of key 64 p + c. Columns beyond
+/// the last key are left as they are: nobody reads the scores there.
 INLINE void pack_keys(const char* k, int64_t stride, int keys, int size, int element, char* to) {
   const int words = (size * element + kWordBytes - 1) / kWordBytes;
   const int whole = size * element / kWordBytes / kLanes * kLanes;  // words that squares cover
   for (int p = 0; p * kPanelColumns < keys; ++p) {
     char* panel = to + static_cast<int64_t>(p) * words * kPanelRowBytes;
     const int columns = keys - p * kPanelColumns < kPanelColumns ? keys - p * kPanelColumns : kPanelColumns;
-    if (columns < kPanelColumns) __builtin_memset(panel, 0, static_cast<int64_t>(words) * kPanelRowBytes);
     for (int c = 0; c < columns; c += kLanes) {
       const char* from = k + (p * int64_t{kPanelColumns} + c) * stride;
       char* here = panel + c * kWordBytes;
-      const bool square = c + kLanes <= columns;
-      for (int j = 0; square && j < whole; j += kLanes)
-        transpose(from + j * kWordBytes, stride, here + j * int64_t{kPanelRowBytes});
-      for (int i = 0; i < kLanes && c + i < columns; ++i)
-        for (int j = square ? whole : 0; j < words; ++j) {
+      const int rows = columns - c < kLanes ? columns - c : kLanes;
+      for (int j = 0; j < whole; j += kLanes)
+        transpose(from + j * kWordBytes, stride, rows, here + j * int64_t{kPanelRowBytes});
+      for (int i = 0; i < rows; ++i)
+        for (int j = whole; j < words; ++j) {
           const int left = size * element - j * kWordBytes;
           uint32_t word = 0;
           __builtin_memcpy(&word, from + i * stride + j * kWordBytes, left < kWordBytes ? left : kWordBytes);
@@ -610,7 +626,8 @@ INLINE void pack_values(const char* v, int64_t stride, int keys, int size, char*
 
 /// Scores of one query to probabilities, not yet divided by the sum, which it returns.
 template <bool bf16>
-INLINE float soften(float* scores, char* out, int keys, int padded, float scale) {
+INLINE float soften(float* scores, char* out, int keys, float scale) {
+  const int padded = static_cast<int>(round_up(keys, kLanes));
   for (int i = keys; i < padded; ++i) scores[i] = -3.0e38f;
   F32 most = broadcast(-3.0e38f);
   for (int i = 0; i < padded; i += kLanes) most = max(most, load<F32>(scores + i));
@@ -650,7 +667,8 @@ void attend(const AttentionTask& task, int head, int begin, int end, int query_b
   const char* qkv = task.qkv + begin * stride + int64_t{head} * 3 * d * element;
   char* k_panels = scratch;
   char* v_panels = k_panels + static_cast<int64_t>(key_panels) * head_words * kPanelRowBytes;
-  float* scores = reinterpret_cast<float*>(v_panels + static_cast<int64_t>(value_panels) * key_words * kPanelRowBytes);
+  float* scores =
+      reinterpret_cast<float*>(v_panels + static_cast<int64_t>(value_panels) * key_words * kPanelRowBytes);
   char* weights = reinterpret_cast<char*>(scores + kTileRows * padded);
   char* query = weights + kTileRows * padded * element;
   pack_keys(qkv + d * element, stride, keys, d, element, k_panels);
@@ -664,7 +682,8 @@ void attend(const AttentionTask& task, int head, int begin, int end, int query_b
     if (d % group) {  // the last word of a query would reach into its key
       from_stride = head_words * int64_t{kWordBytes};
       __builtin_memset(query, 0, rows * from_stride);
-      for (int r = 0; r < rows; ++r) __builtin_memcpy(query + r * from_stride, from + r * stride, d * element);
+      for (int r = 0; r < rows; ++r)
+        __builtin_memcpy(query + r * from_stride, from + r * stride, d * element);
       from = query;
     }
     for (int p = 0; p < key_panels; ++p) {
@@ -675,16 +694,16 @@ void attend(const AttentionTask& task, int head, int begin, int end, int query_b
     }
     float inverse[kTileRows];
     for (int r = 0; r < rows; ++r)
-      inverse[r] = 1.f / soften<bf16>(scores + r * padded, weights + r * padded * int64_t{element}, keys, padded,
-                                      scale);
+      inverse[r] =
+          1.f / soften<bf16>(scores + r * padded, weights + r * padded * int64_t{element}, keys, scale);
     for (int p = 0; p < value_panels; ++p) {
       const int columns = d - p * kPanelColumns < kPanelColumns ? d - p * kPanelColumns : kPanelColumns;
       multiply<Dot>(rows, weights, padded * int64_t{element},
                     v_panels + static_cast<int64_t>(p) * key_words * kPanelRowBytes, key_words, columns,
                     Start<F32>{}, acc, kPanelVectors);
       for (int r = 0; r < rows; ++r) {
-        char* to = task.context + ((begin + q + r) * task.context_stride + head * int64_t{d} +
-                                   p * kPanelColumns) * element;
+        char* to = task.context +
+                   ((begin + q + r) * task.context_stride + head * int64_t{d} + p * kPanelColumns) * element;
         const float* value = reinterpret_cast<const float*>(acc + r * kPanelVectors);
         int c = 0;
         for (; c + kLanes <= columns; c += kLanes) {
@@ -740,10 +759,26 @@ int64_t peak(DType dtype, int64_t repeats) {
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels table = {ISA_NAME, linear,    residual_norm, embed,
-                                quantise, attention, convert,       hyperbolic_tangent, peak,
-                                panel_from_rows, panel_from_columns, rows_from_columns, product, slope, add_rows, attention_op,
-                                norm_op, norm_backward_op, narrow, scatter};
+  static const Kernels table = {ISA_NAME,
+                                linear,
+                                residual_norm,
+                                embed,
+                                quantise,
+                                attention,
+                                convert,
+                                hyperbolic_tangent,
+                                peak,
+                                panel_from_rows,
+                                panel_from_columns,
+                                rows_from_columns,
+                                product,
+                                slope,
+                                add_rows,
+                                attention_op,
+                                norm_op,
+                                norm_backward_op,
+                                narrow,
+                                scatter};
   return table;
 }
 

@@ -4,7 +4,7 @@
 #include "kernels.h"
 
 #if !defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || !defined(__ARM_FEATURE_MATMUL_INT8)
-#error "compile this file for an architecture with bf16 and i8mm: it would not be faster than kernels_neon.cpp"
+#error "compile this file with bf16 and i8mm, or it is kernels_neon.cpp again"
 #endif
 
 #define ISA neon_bf16

@@ -118,7 +118,8 @@ Model view(const Shape& shape, const char* buffer) {
   Model model;
   model.shape = shape;
   size_t next = 0;
-  walk(model, [&](const std::string&, char, std::vector<int64_t>, int) { return buffer + sections[next++].offset; });
+  walk(model,
+       [&](const std::string&, char, std::vector<int64_t>, int) { return buffer + sections[next++].offset; });
   return model;
 }
 

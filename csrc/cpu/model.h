@@ -18,9 +18,7 @@ constexpr int kWordBytes = 4;
 constexpr int kPanelRowBytes = kPanelColumns * kWordBytes;
 
 /// Matrix elements in one 32-bit word, the step of the inner product: 1 float, 2 bf16 or 4 int8.
-constexpr int group_of(DType dtype) {
-  return dtype == DType::kF32 ? 1 : dtype == DType::kBf16 ? 2 : 4;
-}
+constexpr int group_of(DType dtype) { return dtype == DType::kF32 ? 1 : dtype == DType::kBf16 ? 2 : 4; }
 
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 

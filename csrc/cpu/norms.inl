@@ -24,7 +24,8 @@ INLINE void norm_row(const NormOp& task, float* row, int at) {
   const KeepRow mask(task.dropout, at);
   for (int i = 0; i < hidden; i += kLanes) {
     const int left = hidden - i;
-    F32 y = (load_values<DType::kF32>(row + i, left) - mean) * rstd * load_values<dtype>(task.weight + i * element, left) +
+    F32 y = (load_values<DType::kF32>(row + i, left) - mean) * rstd *
+                load_values<dtype>(task.weight + i * element, left) +
             load_values<dtype>(task.bias + i * element, left);
     if (task.embeds && mask.on) y = mask.keep(y, static_cast<uint32_t>(i)) * task.dropout.scale;
     store_values<dtype>(task.out.data + (at * task.out.stride + i) * element, y, left);
@@ -43,12 +44,15 @@ void norm_rows(const NormOp& task, int begin, int end, float* row) {
       if (task.embeds) {
         value = F32{};
         for (int table = 0; table < 3; ++table)
-          value = value + load_values<dtype>(
-                              task.tables[table].data + (task.ids[table][at] * task.tables[table].stride + i) * element, left);
+          value =
+              value + load_values<dtype>(task.tables[table].data +
+                                             (task.ids[table][at] * task.tables[table].stride + i) * element,
+                                         left);
       } else {
         value = load_values<dtype>(task.x.data + (at * task.x.stride + i) * element, left);
         if (mask.on) value = mask.keep(value, static_cast<uint32_t>(i)) * task.dropout.scale;
-        value = value + load_values<dtype>(task.residual.data + (at * task.residual.stride + i) * element, left);
+        value =
+            value + load_values<dtype>(task.residual.data + (at * task.residual.stride + i) * element, left);
       }
       store_values<dtype>(z + i * element, value, left);
       // What is saved is what is normalised.
@@ -85,7 +89,8 @@ void norm_backward_rows(const NormOp& task, int begin, int end, float* grad_weig
       const F32 gw = g * load_values<dtype>(task.weight + i * element, left);
       plain = plain + gw;
       scaled = scaled + gw * normal;
-      store_values<DType::kF32>(grad_weight + i, load_values<DType::kF32>(grad_weight + i, left) + g * normal, left);
+      store_values<DType::kF32>(grad_weight + i, load_values<DType::kF32>(grad_weight + i, left) + g * normal,
+                                left);
       store_values<DType::kF32>(grad_bias + i, load_values<DType::kF32>(grad_bias + i, left) + g, left);
     }
     const float mean_plain = sum(plain) / static_cast<float>(hidden);
@@ -97,7 +102,8 @@ void norm_backward_rows(const NormOp& task, int begin, int end, float* grad_weig
       const F32 grad_z = (gw - mean_plain - normal * mean_scaled) * rstd;
       store_values<dtype>(task.residual.data + (at * task.residual.stride + i) * element, grad_z, left);
       if (task.x.data) {
-        const F32 grad_x = mask.on ? mask.keep(grad_z, static_cast<uint32_t>(i)) * task.dropout.scale : grad_z;
+        const F32 grad_x =
+            mask.on ? mask.keep(grad_z, static_cast<uint32_t>(i)) * task.dropout.scale : grad_z;
         store_values<dtype>(task.x.data + (at * task.x.stride + i) * element, grad_x, left);
       }
     }
@@ -119,22 +125,24 @@ void narrow(DType dtype, const float* from, char* to, int count) {
 
 /// table[ids[r]] += grad[r] for all rows, in their order, for columns [begin, end).
 template <DType dtype>
-void scatter_columns(const char* grad, int64_t stride, const int64_t* ids, int64_t rows, char* table, int64_t columns,
-                     int begin, int end) {
+void scatter_columns(const char* grad, int64_t stride, const int64_t* ids, int64_t rows, char* table,
+                     int64_t columns, int begin, int end) {
   constexpr int element = 4 / group_of(dtype);
   for (int64_t r = 0; r < rows; ++r) {
     const char* from = grad + r * stride * element;
     char* to = table + ids[r] * columns * element;
     for (int i = begin; i < end; i += kLanes) {
       const int left = end - i;
-      store_values<dtype>(to + i * element,
-                          load_values<dtype>(to + i * element, left) + load_values<dtype>(from + i * element, left), left);
+      store_values<dtype>(
+          to + i * element,
+          load_values<dtype>(to + i * element, left) + load_values<dtype>(from + i * element, left), left);
     }
   }
 }
 
 void scatter(DType dtype, const char* grad, int64_t stride, const int64_t* ids, int64_t rows, char* table,
              int64_t columns, int begin, int end) {
-  if (dtype == DType::kBf16) scatter_columns<DType::kBf16>(grad, stride, ids, rows, table, columns, begin, end);
+  if (dtype == DType::kBf16)
+    scatter_columns<DType::kBf16>(grad, stride, ids, rows, table, columns, begin, end);
   else scatter_columns<DType::kF32>(grad, stride, ids, rows, table, columns, begin, end);
 }

@@ -36,7 +36,8 @@ std::vector<ProductTile> tiles_of(const std::vector<Block>& blocks, Words words,
     const int64_t count = (b.rows + kTileRows - 1) / kTileRows;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t first = b.rows * i / count, next = b.rows * (i + 1) / count;
-      tiles.push_back({static_cast<int>(begin + first), static_cast<int>(next - first), words(b), columns(b)});
+      tiles.push_back(
+          {static_cast<int>(begin + first), static_cast<int>(next - first), words(b), columns(b)});
     }
     begin += b.rows;
   }
@@ -63,12 +64,27 @@ const float* float_bias(DType dtype, const char* bias, int count, Buffer& buffer
 
 }  // namespace
 
+void Ops::run(const std::function<void(int)>& work) {
+  if (!parallel_ || threads_ == 1) return team_.run(work);
+  struct Call {
+    const std::function<void(int)>& work;
+    std::atomic<int> next{0};
+  } call{work};
+  // The runtime may give fewer threads than it is asked for; those that come do all the work.
+  parallel_(
+      [](void* data) {
+        Call& c = *static_cast<Call*>(data);
+        c.work(c.next.fetch_add(1, std::memory_order_relaxed));
+      },
+      &call, static_cast<unsigned>(threads_), 0);
+}
+
 /// Deals units out in stretches, then lets threads that are done help: work(unit, thread).
 template <class Work>
 void Ops::deal(int64_t count, Work&& work) {
-  const int threads = team_.size();
+  const int threads = threads_;
   std::vector<std::atomic<int64_t>> counters(threads);
-  team_.run([&](int thread) {
+  run([&](int thread) {
     for (int i = 0; i < threads; ++i) {
       const int owner = (thread + i) % threads;
       const int64_t begin = count * owner / threads, end = count * (owner + 1) / threads;
@@ -78,8 +94,8 @@ void Ops::deal(int64_t count, Work&& work) {
   });
 }
 
-void Ops::expand(DType dtype, View x, View weight, const char* bias, int depth, const std::vector<Block>& blocks,
-                 Activation activation, View out, View pre) {
+void Ops::expand(DType dtype, View x, View weight, const char* bias, int depth,
+                 const std::vector<Block>& blocks, Activation activation, View out, View pre) {
   std::lock_guard<std::mutex> lock(turn_);
   const int64_t element = element_of(dtype), rows = total_rows(blocks);
   const int group = group_of(dtype), columns = largest(blocks), words = (depth + group - 1) / group;
@@ -91,26 +107,31 @@ void Ops::expand(DType dtype, View x, View weight, const char* bias, int depth, 
     a_stride = words * int64_t{kWordBytes};
     char* copy = shared_[1].reserve(rows * a_stride);
     std::memset(copy, 0, rows * a_stride);
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(copy + r * a_stride, x.data + r * x.stride * element, depth * element);
+    for (int64_t r = 0; r < rows; ++r)
+      std::memcpy(copy + r * a_stride, x.data + r * x.stride * element, depth * element);
     a = copy;
   }
   const auto tiles =
       tiles_of(blocks, [&](const Block&) { return words; }, [](const Block& b) { return b.extent; });
-  const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns, count = static_cast<int64_t>(tiles.size());
-  const int64_t chunks = std::min((kUnitsPerThread * team_.size() + panels - 1) / panels, count);
+  const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns,
+                count = static_cast<int64_t>(tiles.size());
+  const int64_t chunks = std::min((kUnitsPerThread * threads_ + panels - 1) / panels, count);
   for (Buffer& b : scratch_) b.reserve(words * int64_t{kPanelRowBytes});
-  std::vector<int64_t> packed(team_.size(), -1);  // the panel that each thread's scratch holds
+  std::vector<int64_t> packed(threads_, -1);  // the panel that each thread's scratch holds
   deal(panels * chunks, [&](int64_t unit, int thread) {
     const int64_t panel = unit / chunks, chunk = unit % chunks;
     const int column = static_cast<int>(panel * kPanelColumns);
     char* scratch = scratch_[thread].data();
     if (packed[thread] != panel) {
-      kernels_.panel_from_columns(dtype, weight.data + column * weight.stride * element, weight.stride * element, depth,
-                                  std::min(columns - column, kPanelColumns), scratch);
+      kernels_.panel_from_columns(dtype, weight.data + column * weight.stride * element,
+                                  weight.stride * element, depth, std::min(columns - column, kPanelColumns),
+                                  scratch);
       packed[thread] = panel;
     }
-    const ProductTask task{dtype, a, a_stride, scratch, wide_bias ? wide_bias + column : nullptr, out.data, out.stride,
-                           pre.data, pre.stride, column, activation};
+    const ProductTask task{
+        dtype,     a,          a_stride, scratch,    wide_bias ? wide_bias + column : nullptr,
+        out.data,  out.stride, pre.data, pre.stride, column,
+        activation};
     const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
     kernels_.product(task, tiles.data() + first, static_cast<int>(last - first));
   });
@@ -125,7 +146,8 @@ void Ops::contract(DType dtype, View x, View weight_t, const char* bias, int col
   const float* wide_bias = float_bias(dtype, bias, columns, shared_[0]);
   const char* a = x.data;
   int64_t a_stride = x.stride * element;
-  const bool odd = std::any_of(blocks.begin(), blocks.end(), [&](const Block& b) { return b.extent % group; });
+  const bool odd =
+      std::any_of(blocks.begin(), blocks.end(), [&](const Block& b) { return b.extent % group; });
   if (odd) {  // the last word of a prefix would reach beyond it
     a_stride = words * int64_t{kWordBytes};
     char* copy = shared_[1].reserve(rows * a_stride);
@@ -136,12 +158,14 @@ void Ops::contract(DType dtype, View x, View weight_t, const char* bias, int col
         std::memcpy(copy + r * a_stride, x.data + r * x.stride * element, b.extent * element);
     a = copy;
   }
-  const auto tiles = tiles_of(blocks, [&](const Block& b) { return (b.extent + group - 1) / group; },
-                              [&](const Block&) { return columns; });
-  const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns, count = static_cast<int64_t>(tiles.size());
-  const int64_t chunks = std::min((kUnitsPerThread * team_.size() + panels - 1) / panels, count);
+  const auto tiles = tiles_of(
+      blocks, [&](const Block& b) { return (b.extent + group - 1) / group; },
+      [&](const Block&) { return columns; });
+  const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns,
+                count = static_cast<int64_t>(tiles.size());
+  const int64_t chunks = std::min((kUnitsPerThread * threads_ + panels - 1) / panels, count);
   for (Buffer& b : scratch_) b.reserve(words * int64_t{kPanelRowBytes});
-  std::vector<int64_t> packed(team_.size(), -1);
+  std::vector<int64_t> packed(threads_, -1);
   deal(panels * chunks, [&](int64_t unit, int thread) {
     const int64_t panel = unit / chunks, chunk = unit % chunks;
     const int column = static_cast<int>(panel * kPanelColumns);
@@ -151,19 +175,29 @@ void Ops::contract(DType dtype, View x, View weight_t, const char* bias, int col
                                std::min(columns - column, kPanelColumns), scratch);
       packed[thread] = panel;
     }
-    const ProductTask task{dtype, a, a_stride, scratch, wide_bias ? wide_bias + column : nullptr, out.data, out.stride,
-                           nullptr, 0, column, Activation::kNone};
+    const ProductTask task{dtype,
+                           a,
+                           a_stride,
+                           scratch,
+                           wide_bias ? wide_bias + column : nullptr,
+                           out.data,
+                           out.stride,
+                           nullptr,
+                           0,
+                           column,
+                           Activation::kNone};
     const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
     kernels_.product(task, tiles.data() + first, static_cast<int>(last - first));
   });
 }
 
-void Ops::weight_gradient(DType dtype, View left, View right, int columns, const std::vector<Block>& blocks, int rows,
-                          View out) {
+void Ops::weight_gradient(DType dtype, View left, View right, int columns, const std::vector<Block>& blocks,
+                          int rows, View out) {
   std::lock_guard<std::mutex> lock(turn_);
   const int64_t element = element_of(dtype);
   const int group = group_of(dtype), most = largest(blocks);
-  for (int64_t r = most; r < rows; ++r) std::memset(out.data + r * out.stride * element, 0, columns * element);
+  for (int64_t r = most; r < rows; ++r)
+    std::memset(out.data + r * out.stride * element, 0, columns * element);
   if (!most || !columns) return;
   // Blocks from the widest to the narrowest: the rows that reach a neuron are then a prefix of K.
   struct Part {
@@ -196,8 +230,9 @@ void Ops::weight_gradient(DType dtype, View left, View right, int columns, const
     const int64_t part_words = (p.block.rows + group - 1) / group;
     char* to = a + first * a_stride + p.word * kWordBytes;
     if (reached)
-      kernels_.rows_from_columns(dtype, left.data + (p.row * left.stride + first) * element, left.stride * element,
-                                 static_cast<int>(p.block.rows), reached, to, a_stride);
+      kernels_.rows_from_columns(dtype, left.data + (p.row * left.stride + first) * element,
+                                 left.stride * element, static_cast<int>(p.block.rows), reached, to,
+                                 a_stride);
     for (int c = reached; c < here; ++c) std::memset(to + c * a_stride, 0, part_words * kWordBytes);
   });
   std::vector<ProductTile> tiles;
@@ -210,22 +245,23 @@ void Ops::weight_gradient(DType dtype, View left, View right, int columns, const
     tiles.push_back({first, next - first, static_cast<int>(reach), columns});
   }
   const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns;
-  const int64_t chunks = std::min((kUnitsPerThread * team_.size() + panels - 1) / panels, count);
+  const int64_t chunks = std::min((kUnitsPerThread * threads_ + panels - 1) / panels, count);
   for (Buffer& b : scratch_) b.reserve(words * int64_t{kPanelRowBytes});
-  std::vector<int64_t> packed(team_.size(), -1);
+  std::vector<int64_t> packed(threads_, -1);
   deal(panels * chunks, [&](int64_t unit, int thread) {
     const int64_t panel = unit / chunks, chunk = unit % chunks;
     const int column = static_cast<int>(panel * kPanelColumns);
     char* scratch = scratch_[thread].data();
     if (packed[thread] != panel) {
       for (const Part& p : parts)
-        kernels_.panel_from_rows(dtype, right.data + (p.row * right.stride + column) * element, right.stride * element,
-                                 static_cast<int>(p.block.rows), std::min(columns - column, kPanelColumns),
+        kernels_.panel_from_rows(dtype, right.data + (p.row * right.stride + column) * element,
+                                 right.stride * element, static_cast<int>(p.block.rows),
+                                 std::min(columns - column, kPanelColumns),
                                  scratch + p.word * kPanelRowBytes);
       packed[thread] = panel;
     }
-    const ProductTask task{dtype, a, a_stride, scratch, nullptr, out.data, out.stride, nullptr, 0, column,
-                           Activation::kNone};
+    const ProductTask task{dtype,      a,       a_stride, scratch, nullptr,          out.data,
+                           out.stride, nullptr, 0,        column,  Activation::kNone};
     const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
     kernels_.product(task, tiles.data() + first, static_cast<int>(last - first));
   });
@@ -249,7 +285,8 @@ void Ops::column_sums(DType dtype, View x, const std::vector<Block>& blocks, int
   });
 }
 
-void Ops::attention(const AttentionOp& task, const std::vector<int64_t>& offsets, const std::vector<Block>& blocks) {
+void Ops::attention(const AttentionOp& task, const std::vector<int64_t>& offsets,
+                    const std::vector<Block>& blocks) {
   std::lock_guard<std::mutex> lock(turn_);
   struct Unit {
     int sequence, head;
@@ -262,7 +299,8 @@ void Ops::attention(const AttentionOp& task, const std::vector<int64_t>& offsets
     for (int64_t i = 0; i < b.rows; ++i, ++sequence) {
       const int length = static_cast<int>(offsets[sequence + 1] - offsets[sequence]);
       longest = std::max(longest, length);
-      for (int head = 0; length && head < b.extent; ++head) units.push_back({sequence, head, offsets[sequence] - first});
+      for (int head = 0; length && head < b.extent; ++head)
+        units.push_back({sequence, head, offsets[sequence] - first});
     }
   }
   const int64_t bytes = task.grad.data ? attention_backward_scratch(longest, task.head_size)
@@ -270,8 +308,8 @@ void Ops::attention(const AttentionOp& task, const std::vector<int64_t>& offsets
   for (Buffer& b : scratch_) b.reserve(bytes);
   deal(static_cast<int64_t>(units.size()), [&](int64_t unit, int thread) {
     const Unit& u = units[unit];
-    kernels_.attention_op(task, u.head, static_cast<int>(offsets[u.sequence]), static_cast<int>(offsets[u.sequence + 1]),
-                          u.mask_row, scratch_[thread].data());
+    kernels_.attention_op(task, u.head, static_cast<int>(offsets[u.sequence]),
+                          static_cast<int>(offsets[u.sequence + 1]), u.mask_row, scratch_[thread].data());
   });
 }
 
@@ -313,7 +351,8 @@ void Ops::scatter(DType dtype, View grad, const int64_t* ids, int64_t rows, char
   });
 }
 
-void Ops::slope(DType dtype, Activation activation, View grad, View pre, const std::vector<Block>& blocks, View out) {
+void Ops::slope(DType dtype, Activation activation, View grad, View pre, const std::vector<Block>& blocks,
+                View out) {
   std::lock_guard<std::mutex> lock(turn_);
   struct Unit {
     int begin, end, extent;
@@ -322,13 +361,14 @@ void Ops::slope(DType dtype, Activation activation, View grad, View pre, const s
   int row = 0;
   for (const Block& b : blocks) {
     for (int64_t r = 0; r < b.rows; r += kRowsPerUnit)
-      units.push_back({row + static_cast<int>(r), row + static_cast<int>(std::min<int64_t>(r + kRowsPerUnit, b.rows)),
-                       b.extent});
+      units.push_back({row + static_cast<int>(r),
+                       row + static_cast<int>(std::min<int64_t>(r + kRowsPerUnit, b.rows)), b.extent});
     row += static_cast<int>(b.rows);
   }
   deal(static_cast<int64_t>(units.size()), [&](int64_t unit, int) {
     const Unit& u = units[unit];
-    const SlopeTask task{dtype, activation, grad.data, pre.data, out.data, grad.stride, pre.stride, out.stride, u.extent};
+    const SlopeTask task{dtype,       activation, grad.data,  pre.data, out.data,
+                         grad.stride, pre.stride, out.stride, u.extent};
     kernels_.slope(task, u.begin, u.end);
   });
 }

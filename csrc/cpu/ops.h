@@ -2,6 +2,7 @@
 // Letters as in model.h; k is an extent. A row block is `rows` rows with one extent (the staircase).
 #pragma once
 
+#include <functional>
 #include <mutex>
 #include <vector>
 
@@ -16,11 +17,21 @@ struct Block {
   int extent;
 };
 
+/// GOMP_parallel of an OpenMP runtime: runs a function on some threads and returns when all have.
+typedef void (*OpenMpParallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+
 class Ops {
  public:
-  Ops(int threads, const Kernels& kernels) : kernels_(kernels), team_(threads), scratch_(threads) {}
+  /// Threads are those of the OpenMP runtime that torch uses, or the class's own where `parallel` is null.
+  /// Two teams on the same cores get in each other's way: torch's threads wait awake for milliseconds.
+  Ops(int threads, const Kernels& kernels, OpenMpParallel parallel)
+      : kernels_(kernels),
+        threads_(threads),
+        parallel_(parallel),
+        team_(parallel ? 1 : threads),
+        scratch_(threads) {}
 
-  int threads() const { return team_.size(); }
+  int threads() const { return threads_; }
 
   /// out[r, c] = act(sum_i x[r, i] weight[c, i] + bias[c]) for c below r's extent: x [T, D], weight [K, D],
   /// bias [K] or null, out and pre (the sums; may be null) [T, >= max k].
@@ -37,12 +48,14 @@ class Ops {
   void weight_gradient(DType dtype, View left, View right, int columns, const std::vector<Block>& blocks,
                        int rows, View out);
 
-  /// sums[i] = sum over rows whose extent is above i of x[r, i], zero from the largest extent up to `columns`.
+  /// sums[i] = sum over rows whose extent is above i of x[r, i], zero from the largest extent up to
+  /// `columns`.
   void column_sums(DType dtype, View x, const std::vector<Block>& blocks, int columns, float* sums);
 
-  /// Attention of packed sequences, forward, or backward where `task.grad` is set. Block i has `rows` sequences
-  /// of `extent` heads; sequence s is the rows offsets[s] to offsets[s + 1].
-  void attention(const AttentionOp& task, const std::vector<int64_t>& offsets, const std::vector<Block>& blocks);
+  /// Attention of packed sequences, forward, or backward where `task.grad` is set. Block i has `rows`
+  /// sequences of `extent` heads; sequence s is the rows offsets[s] to offsets[s + 1].
+  void attention(const AttentionOp& task, const std::vector<int64_t>& offsets,
+                 const std::vector<Block>& blocks);
 
   void norm(const NormOp& task, int64_t rows);
   /// Also writes the gradients of weight and bias, `hidden` values of the op's type each.
@@ -51,13 +64,18 @@ class Ops {
   void scatter(DType dtype, View grad, const int64_t* ids, int64_t rows, char* table, int columns);
 
   /// out = grad * activation'(pre), up to each row's extent.
-  void slope(DType dtype, Activation activation, View grad, View pre, const std::vector<Block>& blocks, View out);
+  void slope(DType dtype, Activation activation, View grad, View pre, const std::vector<Block>& blocks,
+             View out);
 
  private:
   template <class Work>
   void deal(int64_t count, Work&& work);
 
+  void run(const std::function<void(int)>& work);
+
   const Kernels& kernels_;
+  const int threads_;
+  const OpenMpParallel parallel_;
   ThreadTeam team_;
   std::vector<Buffer> scratch_;  // of each thread
   Buffer shared_[3];

@@ -141,14 +141,14 @@ void product(const ProductTask& task, const ProductTile* tiles, int count) {
 
 // ---- the activations' gradients ----
 
-/// d gelu = Phi(x) + x phi(x). bf16: h'(|x|), fitted like gelu's h; the error is below 1.2e-5. float32: the normal
-/// tail is phi's exponential times a polynomial in 1 / (1 + 0.3 |x|), fitted to 1e-9.
+/// d gelu = Phi(x) + x phi(x). bf16: h'(|x|), fitted like gelu's h; the error is below 1.2e-5. float32: the
+/// normal tail is phi's exponential times a polynomial in 1 / (1 + 0.3 |x|), fitted to 1e-9.
 template <bool precise>
 INLINE F32 gelu_slope(F32 x) {
   if constexpr (precise) {
     const F32 a = min(broadcast(13.f), abs(x));
     const F32 bell = exp(a * a * -0.5f), t = 1.f / (a * 0.3f + 1.f);
-    constexpr float tail[] = {-0.000837752188f, 0.130049601f,   0.0646851808f,   0.270189732f, -0.190356091f,
+    constexpr float tail[] = {-0.000837752188f, 0.130049601f,   0.0646851808f, 0.270189732f, -0.190356091f,
                               0.323243767f,     -0.0680263937f, -0.044766821f, 0.0158188101f};
     F32 p = broadcast(tail[8]);
 #pragma GCC unroll 8
@@ -157,8 +157,8 @@ INLINE F32 gelu_slope(F32 x) {
     return x > F32{} ? 1.f - below : below;
   }
   const F32 s = min(broadcast(5.f), abs(x)) * 0.4f - 1.f;
-  constexpr float low[] = {-0.0376052484f, 0.186095968f, -0.308667481f, -0.0268842485f, 0.842038691f,
-                           -1.1840688f,    0.197024807f, 1.12118042f,   -0.864165485f,  -0.388688654f,
+  constexpr float low[] = {-0.0376052484f, 0.186095968f,  -0.308667481f, -0.0268842485f, 0.842038691f,
+                           -1.1840688f,    0.197024807f,  1.12118042f,   -0.864165485f,  -0.388688654f,
                            0.539521515f,   0.0423499681f, -0.118150353f};
   F32 p = broadcast(low[12]);
 #pragma GCC unroll 12

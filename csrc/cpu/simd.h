@@ -11,6 +11,23 @@ typedef uint8_t U8 __attribute__((vector_size(kLanes)));
 
 #define INLINE static inline __attribute__((always_inline))
 
+#if defined(ISA_NEON)
+// GCC 12 would copy 16 bytes in two general registers, and keep sums there or on the stack.
+template <class V>
+struct __attribute__((packed, may_alias)) Unaligned {
+  V v;
+};
+
+template <class V>
+INLINE V load(const void* p) {
+  return static_cast<const Unaligned<V>*>(p)->v;
+}
+
+template <class V>
+INLINE void store(void* p, V v) {
+  static_cast<Unaligned<V>*>(p)->v = v;
+}
+#else
 template <class V>
 INLINE V load(const void* p) {
   V v;
@@ -22,6 +39,7 @@ template <class V>
 INLINE void store(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+#endif
 
 template <class To, class From>
 INLINE To bits(From v) {
@@ -126,7 +144,8 @@ INLINE F32 exp(F32 a) {
   const I32 n = round_to_int(x);
   // Two factors: 2^n itself may be out of range where the product is not.
   const I32 half = n >> 1;
-  return power_of_2<true>(x - to_float(n)) * bits<F32>((half + 127) << 23) * bits<F32>((n - half + 127) << 23);
+  return power_of_2<true>(x - to_float(n)) * bits<F32>((half + 127) << 23) *
+         bits<F32>((n - half + 127) << 23);
 }
 
 /// e^a for a <= 0, for the softmax. Below -87 it is 1.2e-38, which no sum of float32 notices.

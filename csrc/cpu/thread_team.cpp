@@ -64,10 +64,8 @@ void ThreadTeam::barrier() {
     return;
   }
   for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-    if (spins < kSpinsBeforeYield)
-      pause();
-    else
-      std::this_thread::yield();
+    if (spins < kSpinsBeforeYield) pause();
+    else std::this_thread::yield();
   }
 }
 

@@ -84,31 +84,31 @@ inline int run_all(const char* part) {
 
 }  // namespace check
 
-#define TEST(name)                                             \
-  static void test_##name();                                   \
+#define TEST(name)                                                  \
+  static void test_##name();                                        \
   static const check::Register register_##name(#name, test_##name); \
   static void test_##name()
 
 #define CHECK(condition) check::report((condition), __FILE__, __LINE__, "not so: " #condition)
 
 /// For a function that returns what is wrong, or nothing.
-#define CHECK_GOOD(expression)                                                       \
-  do {                                                                               \
-    const std::string wrong_ = (expression);                                         \
-    check::report(wrong_.empty(), __FILE__, __LINE__, #expression ": " + wrong_);    \
+#define CHECK_GOOD(expression)                                                    \
+  do {                                                                            \
+    const std::string wrong_ = (expression);                                      \
+    check::report(wrong_.empty(), __FILE__, __LINE__, #expression ": " + wrong_); \
   } while (false)
 
 /// The expression throws std::invalid_argument, whose message contains the text.
-#define CHECK_REFUSES(text, expression)                                                               \
-  do {                                                                                                \
-    std::string said_ = "nothing was thrown";                                                         \
-    bool good_ = false;                                                                               \
-    try {                                                                                             \
-      expression;                                                                                     \
-    } catch (const std::invalid_argument& error_) {                                                   \
-      said_ = error_.what();                                                                          \
-      good_ = said_.find(text) != std::string::npos;                                                  \
-    }                                                                                                 \
+#define CHECK_REFUSES(text, expression)                                                                      \
+  do {                                                                                                       \
+    std::string said_ = "nothing was thrown";                                                                \
+    bool good_ = false;                                                                                      \
+    try {                                                                                                    \
+      expression;                                                                                            \
+    } catch (const std::invalid_argument& error_) {                                                          \
+      said_ = error_.what();                                                                                 \
+      good_ = said_.find(text) != std::string::npos;                                                         \
+    }                                                                                                        \
     check::report(good_, __FILE__, __LINE__, #expression " must say '" + std::string(text) + "': " + said_); \
   } while (false)
 

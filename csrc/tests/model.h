@@ -34,9 +34,10 @@ inline Parameters random_parameters(const Shape& shape, uint64_t seed) {
   };
   auto matrix = [&](const std::string& name, int columns, int rows, float scale) {
     auto bias = random.normals(columns, 0.3f);
-    p.matrices[name] = make_weights(
-        shape.dtype, columns, rows,
-        random.normals(int64_t{columns} * rows, scale / std::sqrt(static_cast<float>(rows))), std::move(bias));
+    p.matrices[name] =
+        make_weights(shape.dtype, columns, rows,
+                     random.normals(int64_t{columns} * rows, scale / std::sqrt(static_cast<float>(rows))),
+                     std::move(bias));
   };
   table("word", shape.vocabulary);
   table("position", shape.positions);
@@ -129,7 +130,8 @@ class Forward {
     for (size_t k = 0; k < subnet.layers.size(); ++k) {
       const int layer = subnet.layers[k], width = subnet.heads[k] * d, neurons = subnet.neurons[k];
       const std::string name = "layer." + std::to_string(layer);
-      const auto qkv = narrow(linear(operand(x, hidden), p_.matrix(layer, "qkv"), 3 * width, Activation::kNone));
+      const auto qkv =
+          narrow(linear(operand(x, hidden), p_.matrix(layer, "qkv"), 3 * width, Activation::kNone));
       const auto context = narrow(attend(qkv, length, subnet.heads[k]));
       add(x, linear(operand(context, width), p_.matrix(layer, "out"), hidden, Activation::kNone));
       norm(x, name + ".attention_norm");
@@ -161,7 +163,8 @@ class Forward {
     in.scale.assign(in.rows, 1);
     if (!rounds_) return in;
     for (int r = 0; r < in.rows; ++r) {
-      std::vector<float> row(x.begin() + int64_t{r} * columns, x.begin() + int64_t{r + 1} * columns), stored(columns);
+      std::vector<float> row(x.begin() + int64_t{r} * columns, x.begin() + int64_t{r + 1} * columns),
+          stored(columns);
       in.scale[r] = store_row(s_.dtype, row.data(), columns, stored.data());
       std::copy(stored.begin(), stored.end(), in.values.begin() + int64_t{r} * columns);
     }
@@ -177,14 +180,12 @@ class Forward {
         double whole = 0;
         for (int k = 0; k < in.columns; ++k) {
           const T a = in.values[int64_t{r} * in.columns + k], b = static_cast<T>(w.at(n, k));
-          if (exact)
-            whole += static_cast<double>(a) * static_cast<double>(b);
-          else
-            sum += a * b;
+          if (exact) whole += static_cast<double>(a) * static_cast<double>(b);
+          else sum += a * b;
         }
         if (exact) sum = static_cast<T>(whole);
-        out[int64_t{r} * columns + n] =
-            activated(sum * (static_cast<T>(w.scale[n]) * in.scale[r]) + static_cast<T>(w.bias[n]), activation);
+        out[int64_t{r} * columns + n] = activated(
+            sum * (static_cast<T>(w.scale[n]) * in.scale[r]) + static_cast<T>(w.bias[n]), activation);
       }
     return out;
   }
@@ -208,7 +209,8 @@ class Forward {
         for (T& v : weights) v /= sum;
         weights = narrow(std::move(weights));
         for (int k = 0; k < length; ++k)
-          for (int i = 0; i < d; ++i) out[(int64_t{q} * heads + head) * d + i] += weights[k] * at(k, head, 2, i);
+          for (int i = 0; i < d; ++i)
+            out[(int64_t{q} * heads + head) * d + i] += weights[k] * at(k, head, 2, i);
       }
     return out;
   }

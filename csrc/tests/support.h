@@ -73,7 +73,8 @@ inline float round_bf16(float value) { return bf16_value(bf16_bits(value)); }
 inline double activated(double x, Activation activation) {
   switch (activation) {
     case Activation::kGelu: return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
-    case Activation::kGeluTanh: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+    case Activation::kGeluTanh:
+      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
     case Activation::kRelu: return x > 0 ? x : 0;
     default: return x;
   }
@@ -83,7 +84,8 @@ inline float activated(float x, Activation activation) {
   switch (activation) {
     case Activation::kGelu: return 0.5f * x * (1 + std::erf(x * static_cast<float>(std::sqrt(0.5))));
     case Activation::kGeluTanh:
-      return 0.5f * x * (1 + std::tanh(static_cast<float>(std::sqrt(2 / M_PI)) * (x + 0.044715f * x * x * x)));
+      return 0.5f * x *
+             (1 + std::tanh(static_cast<float>(std::sqrt(2 / M_PI)) * (x + 0.044715f * x * x * x)));
     case Activation::kRelu: return x > 0 ? x : 0;
     default: return x;
   }
@@ -125,8 +127,8 @@ class Judge {
     const double allowed = 2 * plain_ + 2 * eps_ * largest_;
     if (worst_ <= allowed) return "";
     char text[160];
-    std::snprintf(text, sizeof text, "error %.3g, allowed %.3g (plain %.3g, largest value %.3g, %ld values)", worst_,
-                  allowed, plain_, largest_, count_);
+    std::snprintf(text, sizeof text, "error %.3g, allowed %.3g (plain %.3g, largest value %.3g, %ld values)",
+                  worst_, allowed, plain_, largest_, count_);
     return text;
   }
 
@@ -207,7 +209,8 @@ inline float store_row(DType dtype, const float* values, int count, float* store
 
 inline Weights make_weights(DType dtype, int columns, int rows, const std::vector<float>& values,
                             std::vector<float> bias) {
-  Weights w{dtype, columns, rows, std::vector<float>(values.size()), std::vector<float>(columns), std::move(bias)};
+  Weights w{dtype,          columns, rows, std::vector<float>(values.size()), std::vector<float>(columns),
+            std::move(bias)};
   for (int c = 0; c < columns; ++c)
     w.scale[c] = store_row(dtype, &values[int64_t{c} * rows], rows, &w.stored[int64_t{c} * rows]);
   return w;
@@ -298,20 +301,22 @@ struct Rows {
 inline Rows make_rows(DType dtype, int count, int columns, const std::vector<float>& values) {
   Rows rows{dtype, count, columns, std::vector<float>(values.size()), std::vector<float>(count)};
   for (int r = 0; r < count; ++r)
-    rows.scale[r] = store_row(dtype, &values[int64_t{r} * columns], columns, &rows.stored[int64_t{r} * columns]);
+    rows.scale[r] =
+        store_row(dtype, &values[int64_t{r} * columns], columns, &rows.stored[int64_t{r} * columns]);
   return rows;
 }
 
 /// What a kernel wrote as the operand of the next product, against the float32 row that it is made of:
 /// rounded to nearest, zeros up to a whole word or to `padded`.
-inline std::string wrong_operand(DType dtype, const Operand& operand, int row, const float* values, int columns,
-                                 int padded) {
+inline std::string wrong_operand(DType dtype, const Operand& operand, int row, const float* values,
+                                 int columns, int padded) {
   const char* data = operand.data + row * operand.stride;
   auto at = [&](int i) { return " at row " + std::to_string(row) + " column " + std::to_string(i); };
   float top = 0;
   for (int i = 0; i < columns; ++i) top = std::max(top, std::abs(values[i]));
   const float scale = dtype == DType::kS8 ? operand.scale[row] : 1;
-  if (dtype == DType::kS8 && !(std::abs(scale - top / 127) <= kFloatEps * scale)) return "wrong scale" + at(0);
+  if (dtype == DType::kS8 && !(std::abs(scale - top / 127) <= kFloatEps * scale))
+    return "wrong scale" + at(0);
   for (int i = 0; i < padded; ++i) {
     const float value = i < columns ? values[i] : 0;
     if (dtype == DType::kF32) {

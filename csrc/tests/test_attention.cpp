@@ -112,7 +112,8 @@ TEST(each_length_and_head_size) {
             compute(*kernels, p, arrays, head, 0, length);
             Judge judge(bf16 ? kBf16Eps : kFloatEps);
             for (int q = 0; q < length; ++q)
-              for (int i = 0; i < head_size; ++i) judge.add(arrays.at(p, q, head, i), plain[q][i], truth[q][i]);
+              for (int i = 0; i < head_size; ++i)
+                judge.add(arrays.at(p, q, head, i), plain[q][i], truth[q][i]);
             CHECK_GOOD(judge.verdict());
             CHECK_GOOD(arrays.context.stray());
           }
@@ -139,7 +140,8 @@ TEST(each_range_of_queries) {
               compute(*kernels, p, part, 1, from, to);
               bool same = true;
               for (int q = from; q < to; ++q)
-                for (int i = 0; i < head_size; ++i) same = same && part.at(p, q, 1, i) == whole.at(p, q, 1, i);
+                for (int i = 0; i < head_size; ++i)
+                  same = same && part.at(p, q, 1, i) == whole.at(p, q, 1, i);
               CHECK(same);
               CHECK_GOOD(part.context.stray());
             }

@@ -96,8 +96,7 @@ std::vector<Sequence> random_sequences(const Shape& s, Random& random, const std
     for (int t = 0; t < length; ++t) {
       q.ids.push_back(random.below(s.vocabulary));
       q.token_types.push_back(random.below(s.token_types));
-      if (s.padding_id < 0)
-        q.positions.push_back(t);
+      if (s.padding_id < 0) q.positions.push_back(t);
       else  // Hugging Face's rule: tokens that are not padding count from padding_id + 1
         q.positions.push_back(q.ids.back() == s.padding_id ? s.padding_id : s.padding_id + ++real);
     }
@@ -112,7 +111,8 @@ struct Model {
   Parameters parameters;
   std::unique_ptr<Memory> packed;
 
-  explicit Model(const Shape& shape, uint64_t seed = 31) : parameters(random_parameters(shape, seed)), packed(pack(parameters)) {}
+  explicit Model(const Shape& shape, uint64_t seed = 31)
+      : parameters(random_parameters(shape, seed)), packed(pack(parameters)) {}
   const Shape& shape() const { return parameters.shape; }
 };
 
@@ -132,7 +132,8 @@ std::vector<Result<float>> call(Encoder& encoder, const std::vector<Sequence>& s
   for (const Sequence& q : sequences) longest = std::max(longest, q.length());
   const int64_t count = static_cast<int64_t>(sequences.size()), length = longest + style.extra + style.shift;
   // Nothing may be read where the mask is 0.
-  std::vector<int64_t> ids(count * length, int64_t{1} << 40), types(ids.size(), -7), positions(ids.size(), -9);
+  std::vector<int64_t> ids(count * length, int64_t{1} << 40), types(ids.size(), -7),
+      positions(ids.size(), -9);
   std::vector<uint8_t> mask(ids.size(), 0);
   for (int64_t b = 0; b < count; ++b)
     for (int t = 0; t < sequences[b].length(); ++t) {
@@ -143,8 +144,10 @@ std::vector<Result<float>> call(Encoder& encoder, const std::vector<Sequence>& s
       mask[at] = 1;
     }
   const bool padded = std::find(mask.begin(), mask.end(), 0) != mask.end();
-  const Batch batch{count,        length, ids.data(), padded ? mask.data() : nullptr, types.data(),
-                    style.positions ? positions.data() : nullptr, subnets.data()};
+  const Batch batch{count,         length,
+                    ids.data(),    padded ? mask.data() : nullptr,
+                    types.data(),  style.positions ? positions.data() : nullptr,
+                    subnets.data()};
   std::vector<float> pooled(count * shape.hidden, NAN), logits(count * shape.labels, NAN);
   std::vector<std::vector<float>> states(style.states, std::vector<float>(count * length * shape.hidden, 0));
   Output output;
@@ -171,7 +174,9 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * 4) == 0);
 }
 
-bool same(const Result<float>& a, const Result<float>& b) { return same(a.pooled, b.pooled) && same(a.logits, b.logits); }
+bool same(const Result<float>& a, const Result<float>& b) {
+  return same(a.pooled, b.pooled) && same(a.logits, b.logits);
+}
 
 std::vector<int32_t> add_all(Encoder& encoder) {
   std::vector<int32_t> numbers;
@@ -239,7 +244,8 @@ TEST(agrees_with_plain_loops) {
             logits.add(got[b].logits[i], plain[b].logits[i], truth[b].logits[i]);
           // States beyond the layers of a sub-network are left as they are.
           for (size_t k = truth[b].states.size(); k < got[b].states.size(); ++k)
-            CHECK(std::all_of(got[b].states[k].begin(), got[b].states[k].end(), [](float v) { return v == 0; }));
+            CHECK(std::all_of(got[b].states[k].begin(), got[b].states[k].end(),
+                              [](float v) { return v == 0; }));
         }
         CHECK_GOOD(states.verdict());
         CHECK_GOOD(pooled.verdict());
@@ -271,7 +277,7 @@ TEST(bits_do_not_depend_on_the_call) {
       for (const Kernels* kernels : kernels_here) {
         const auto expected = alone(model, *kernels, mix);
         for (int threads : {1, 2, 3, 5}) {
-          if (kernels != kernels_here[0] && threads % 2 == 0) continue;
+          if (kernels != kernels_here[0] && threads != 3) continue;
           const check::Where where(describe(*kernels, model.shape()) + " threads " + std::to_string(threads));
           Encoder encoder(model.shape(), model.packed->data(), threads, *kernels);
           add_all(encoder);
@@ -300,6 +306,29 @@ TEST(bits_do_not_depend_on_the_call) {
     }
 }
 
+TEST(padding_inside_a_sequence) {
+  // A token's position is its column (BERT) or counts the tokens before it that are not padding (RoBERTa).
+  for (auto family : {bert, roberta})
+    for (DType dtype : kDTypes) {
+      const Model model(family(dtype));
+      const Shape& shape = model.shape();
+      const check::Where where(describe(*available_kernels()[0], shape));
+      Encoder encoder(shape, model.packed->data(), 1, *available_kernels()[0]);
+      const int32_t whole = add_all(encoder)[0];
+      const int64_t pad = std::max(shape.padding_id, 0);
+      const std::vector<int64_t> ids = {pad, 5, pad, pad, 9, 11, pad};
+      const std::vector<uint8_t> mask = {0, 1, 0, 0, 1, 1, 0};
+      const bool counts = shape.padding_id >= 0;
+      const Sequence real{
+          {5, 9, 11}, {0, 0, 0}, counts ? std::vector<int>{2, 3, 4} : std::vector<int>{1, 4, 5}};
+      std::vector<float> pooled(shape.hidden, NAN);
+      Output output;
+      output.pooled = pooled.data();
+      encoder.run({1, 7, ids.data(), mask.data(), nullptr, nullptr, &whole}, output);
+      CHECK(same(pooled, call(encoder, {real}, {whole}, {0, 0, true, 0})[0].pooled));
+    }
+}
+
 TEST(bits_of_a_long_sequence_and_of_many_rows) {
   // More rows than one chunk of a product, and a sequence whose queries are dealt out in parts.
   for (DType dtype : kDTypes) {
@@ -324,7 +353,8 @@ TEST(hidden_states) {
   for (DType dtype : kDTypes)
     for (int threads : {1, 3}) {
       const Model model(deep(dtype));
-      const check::Where where(describe(*available_kernels()[0], model.shape()) + " threads " + std::to_string(threads));
+      const check::Where where(describe(*available_kernels()[0], model.shape()) + " threads " +
+                               std::to_string(threads));
       Encoder encoder(model.shape(), model.packed->data(), threads, *available_kernels()[0]);
       add_all(encoder);
       Mix mix(model.shape(), {5, 3, 8});
@@ -356,7 +386,8 @@ TEST(hidden_states_of_different_layers) {
   for (DType dtype : kDTypes)
     for (int threads : {1, 2}) {
       const Model model(deep(dtype));
-      const check::Where where(describe(*available_kernels()[0], model.shape()) + " threads " + std::to_string(threads));
+      const check::Where where(describe(*available_kernels()[0], model.shape()) + " threads " +
+                               std::to_string(threads));
       Encoder encoder(model.shape(), model.packed->data(), threads, *available_kernels()[0]);
       const std::vector<std::vector<int>> kept = {{0, 1}, {3, 11}, {1, 7}};
       std::vector<int32_t> numbers;
@@ -449,10 +480,8 @@ TEST(what_is_not_a_number_stays_with_its_sequence) {
     for (DType dtype : kDTypes) {
       Parameters parameters = random_parameters(family(dtype), 33);
       Rows& word = parameters.tables.at("word");
-      if (dtype == DType::kS8)
-        word.scale[poisoned] = NAN;
-      else
-        std::fill_n(word.stored.begin() + int64_t{poisoned} * word.columns, word.columns, NAN);
+      if (dtype == DType::kS8) word.scale[poisoned] = NAN;
+      else std::fill_n(word.stored.begin() + int64_t{poisoned} * word.columns, word.columns, NAN);
       const auto packed = pack(parameters);
       Random random(34);
       auto sequences = random_sequences(parameters.shape, random, {9, 33, 6, 2});
@@ -461,7 +490,8 @@ TEST(what_is_not_a_number_stays_with_its_sequence) {
       bad[1].ids[1] = poisoned;
       for (const Kernels* kernels : available_kernels())
         for (int threads : {1, 2}) {
-          const check::Where where(describe(*kernels, parameters.shape) + " threads " + std::to_string(threads));
+          const check::Where where(describe(*kernels, parameters.shape) + " threads " +
+                                   std::to_string(threads));
           Encoder encoder(parameters.shape, packed->data(), threads, *kernels);
           add_all(encoder);
           const std::vector<int32_t> subnets = {0, 0, 2, 3};
@@ -502,7 +532,8 @@ TEST(bad_calls_are_refused_and_leave_the_encoder_usable) {
         const auto again = call(encoder, mix.sequences, {0, 3});
         for (size_t b = 0; b < again.size(); ++b) CHECK(same(again[b], expected[b]));
       };
-      auto try_values = [&](std::vector<int64_t>& where_, std::initializer_list<int64_t> values, const char* says) {
+      auto try_values = [&](std::vector<int64_t>& where_, std::initializer_list<int64_t> values,
+                            const char* says) {
         for (int64_t value : values) {
           const int64_t old = where_[6];
           where_[6] = value;
@@ -523,8 +554,8 @@ TEST(bad_calls_are_refused_and_leave_the_encoder_usable) {
       }
       std::vector<int64_t> too_long(shape.positions + 1, 1);
       Output output;
-      CHECK_REFUSES("position_ids", encoder.run({1, shape.positions + 1, too_long.data(), nullptr, nullptr, nullptr,
-                                                 subnets.data()},
+      CHECK_REFUSES("position_ids", encoder.run({1, shape.positions + 1, too_long.data(), nullptr, nullptr,
+                                                 nullptr, subnets.data()},
                                                 output));
     }
 }

@@ -19,9 +19,10 @@ struct Case {
 };
 
 std::string describe(const Case& c) {
-  std::string text = std::string(name_of(c.dtype)) + (c.bf16_out ? " to bf16" : " to fp32") + ", activation " +
-                     std::to_string(static_cast<int>(c.activation)) + (c.contracts ? ", contract K " : ", expand K ") +
-                     std::to_string(c.rows) + " to " + std::to_string(c.columns) + ", tiles";
+  std::string text = std::string(name_of(c.dtype)) + (c.bf16_out ? " to bf16" : " to fp32") +
+                     ", activation " + std::to_string(static_cast<int>(c.activation)) +
+                     (c.contracts ? ", contract K " : ", expand K ") + std::to_string(c.rows) + " to " +
+                     std::to_string(c.columns) + ", tiles";
   for (const Tile& t : c.tiles)
     text += " " + std::to_string(t.row) + "+" + std::to_string(t.rows) + ":" + std::to_string(t.extent);
   return text;
@@ -42,17 +43,17 @@ struct Input {
   Operand operand;
 
   Input(const Case& c, const Rows& rows)
-      : data(rows.count * stride(c)), scales(rows.count * 4), operand{data.data(), stride(c), scales.as<float>()} {
+      : data(rows.count * stride(c)),
+        scales(rows.count * 4),
+        operand{data.data(), stride(c), scales.as<float>()} {
     for (const Tile& t : c.tiles)
       for (int r = t.row; r < t.row + t.rows; ++r) {
         char* row = data.data() + r * stride(c);
         const int extent = c.contracts ? t.extent : c.rows;
         for (int k = 0; k < used_rows(c, extent); ++k) {
           const float value = k < extent ? rows.at(r, k) : 0;
-          if (c.dtype == DType::kS8)
-            row[k] = static_cast<char>(static_cast<int>(value) + 128);
-          else
-            put(c.dtype, row, k, value);
+          if (c.dtype == DType::kS8) row[k] = static_cast<char>(static_cast<int>(value) + 128);
+          else put(c.dtype, row, k, value);
         }
         scales.as<float>()[r] = rows.scale[r];
       }
@@ -68,7 +69,8 @@ struct Expected {
 };
 
 Expected expected(const Case& c, const Weights& w, const Rows& a) {
-  Expected e{std::vector<float>(int64_t{a.count} * c.columns), std::vector<double>(int64_t{a.count} * c.columns)};
+  Expected e{std::vector<float>(int64_t{a.count} * c.columns),
+             std::vector<double>(int64_t{a.count} * c.columns)};
   for (const Tile& t : c.tiles)
     for (int r = t.row; r < t.row + t.rows; ++r)
       for (int n = 0; n < (c.contracts ? c.columns : t.extent); ++n) {
@@ -103,7 +105,9 @@ struct Result {
   Memory data;
 
   Result(const Case& c, int rows)
-      : stride(round_up_to(c.columns, 64) + 24), element(c.bf16_out ? 2 : 4), data((rows + 2) * stride * element) {}
+      : stride(round_up_to(c.columns, 64) + 24),
+        element(c.bf16_out ? 2 : 4),
+        data((rows + 2) * stride * element) {}
   void aim(LinearTask& task) const {
     char* first = data.data() + stride * element;
     task.out_f32 = element == 4 ? reinterpret_cast<float*>(first) : nullptr;
@@ -113,17 +117,20 @@ struct Result {
   int64_t offset(int row, int column) const { return ((row + 1) * stride + column) * element; }
   float at(int row, int column) const {
     const char* p = data.data() + offset(row, column);
-    return element == 4 ? *reinterpret_cast<const float*>(p) : bf16_value(*reinterpret_cast<const uint16_t*>(p));
+    return element == 4 ? *reinterpret_cast<const float*>(p)
+                        : bf16_value(*reinterpret_cast<const uint16_t*>(p));
   }
 };
 
-void compute(const Kernels& kernels, const Case& c, const Matrix& matrix, const Input& input, const Result& result) {
+void compute(const Kernels& kernels, const Case& c, const Matrix& matrix, const Input& input,
+             const Result& result) {
   LinearTask task{c.dtype, &matrix, input.operand};
   task.activation = c.activation;
   result.aim(task);
   const int count = static_cast<int>(c.tiles.size()), panels = matrix.panel_count();
   for (int p = 0; p < panels; ++p)
-    kernels.linear(task, c.tiles.data(), count, p, p % 2 ? nullptr : matrix.panels + (p + 1) % panels * matrix.panel_bytes);
+    kernels.linear(task, c.tiles.data(), count, p,
+                   p % 2 ? nullptr : matrix.panels + (p + 1) % panels * matrix.panel_bytes);
 }
 
 int rows_of(const Case& c) {
@@ -228,8 +235,15 @@ TEST(expand_activations) {
   Random random(3);
   for (DType dtype : kDTypes)
     for (Activation activation : kActivations)  // to bf16 unless all is float32, and as exact as that needs
-      check_random(random, {dtype, dtype != DType::kF32, activation, 131, 61, false, whole_block(dtype, 61),
-                            {{0, 6, 131}, {6, 3, 70}, {10, 1, 1}, {12, 4, 20}}});  // no tile has rows 9 and 11
+      check_random(random,
+                   {dtype,
+                    dtype != DType::kF32,
+                    activation,
+                    131,
+                    61,
+                    false,
+                    whole_block(dtype, 61),
+                    {{0, 6, 131}, {6, 3, 70}, {10, 1, 1}, {12, 4, 20}}});  // no tile has rows 9 and 11
 }
 
 TEST(contract_each_prefix) {
@@ -243,10 +257,10 @@ TEST(contract_each_prefix) {
       {257, 256, 5, {1, 7, 255, 256, 257}},
       {3, 256, 64, {1, 2, 3}},
       {5, 4, 131, {1, 2, 3, 4, 5}},
-      {21, 4, 3, {3, 6, 9, 12, 15, 18, 21}},    // heads of 3
+      {21, 4, 3, {3, 6, 9, 12, 15, 18, 21}},  // heads of 3
       {192, 64, 192, {64, 128, 192}},
       {160, 80, 80, {80, 160}},
-      {30, 8, 66, {10, 20, 30}},                // heads of 10
+      {30, 8, 66, {10, 20, 30}},  // heads of 10
   };
   for (DType dtype : kDTypes)
     for (bool bf16 : outputs_of(dtype))
@@ -269,7 +283,10 @@ TEST(activations_from_end_to_end) {
   constexpr int columns = 4096;
   for (DType dtype : {DType::kF32, DType::kBf16})
     for (Activation activation : kActivations)
-      for (float reach : {3.f, 12.f, 1e4f}) {
+      for (float reach : {0.05f, 0.5f, 3.f, 12.f, 1e4f}) {
+        // The judge looks at the largest value. GELU's error, 6e-7 wherever it is, is more than two units in
+        // the last place of small float32 values; a bf16 is too coarse to show its 1.5e-5.
+        if (dtype == DType::kF32 && reach < 3) continue;
         std::vector<float> values(columns);
         for (int i = 0; i < columns; ++i) values[i] = reach * (static_cast<float>(i) / (columns / 2) - 1);
         const Weights w = make_weights(dtype, columns, 1, values, std::vector<float>(columns));
@@ -308,15 +325,23 @@ TEST(int8_sums_are_exact) {
     for (bool contracts : {false, true})
       for (int rows : {1, 4, 67, 1000}) {
         const int columns = 70, count = 7;
-        Weights w{DType::kS8, columns, rows, {}, std::vector<float>(columns, 1), std::vector<float>(columns, 0)};
+        Weights w{
+            DType::kS8, columns, rows, {}, std::vector<float>(columns, 1), std::vector<float>(columns, 0)};
         Rows a{DType::kS8, count, rows, {}, std::vector<float>(count, 1)};
         auto value = [&](int i, float sign) {
           if (kind == kRandom) return static_cast<float>(random.below(255) - 127);
           return kind == kAlternating && i % 2 ? 127 * -sign : 127 * sign;
         };
         for (int i = 0; i < columns * rows; ++i) w.stored.push_back(value(i % rows, 1));
-        for (int i = 0; i < count * rows; ++i) a.stored.push_back(value(i % rows, kind == kBothMost ? 1.f : -1.f));
-        const Case c{DType::kS8, false,     Activation::kNone, columns, rows, contracts, contracts ? 64 : whole_block(DType::kS8, rows),
+        for (int i = 0; i < count * rows; ++i)
+          a.stored.push_back(value(i % rows, kind == kBothMost ? 1.f : -1.f));
+        const Case c{DType::kS8,
+                     false,
+                     Activation::kNone,
+                     columns,
+                     rows,
+                     contracts,
+                     contracts ? 64 : whole_block(DType::kS8, rows),
                      tiles_of(count, contracts ? std::max(1, rows * 2 / 3) : columns)};
         check_exact(c, w, a);
       }
@@ -366,20 +391,20 @@ TEST(nan_is_not_lost) {
     for (Activation activation : kActivations) {
       const check::Where where(std::string(name_of(dtype)) + ", activation " +
                                std::to_string(static_cast<int>(activation)));
-      const Case c{dtype, dtype != DType::kF32, activation, 70, 9, false, whole_block(dtype, 9), {{0, 3, 70}}};
+      const Case c{dtype, dtype != DType::kF32,  activation,  70, 9,
+                   false, whole_block(dtype, 9), {{0, 3, 70}}};
       const PackedMatrix packed(random_weights(random, dtype, c.columns, c.rows), false, c.block);
       Rows a = make_rows(dtype, 3, c.rows, random.normals(3 * c.rows));
-      if (dtype == DType::kS8)
-        a.scale[1] = NAN;
-      else
-        a.stored[c.rows + 4] = NAN;
+      if (dtype == DType::kS8) a.scale[1] = NAN;
+      else a.stored[c.rows + 4] = NAN;
       for (const Kernels* kernels : available_kernels()) {
         const check::Where isa(kernels->name);
         const Result result(c, 3);
         compute(*kernels, c, packed.matrix, Input(c, a), result);
         bool good = true;
         for (int n = 0; n < c.columns; ++n)
-          good = good && std::isnan(result.at(1, n)) && std::isfinite(result.at(0, n)) && std::isfinite(result.at(2, n));
+          good = good && std::isnan(result.at(1, n)) && std::isfinite(result.at(0, n)) &&
+                 std::isfinite(result.at(2, n));
         CHECK(good);
       }
     }

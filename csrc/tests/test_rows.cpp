@@ -67,7 +67,8 @@ TEST(residual_norm) {
             in_out.expect(r * stride * 4, hidden * 4);
           }
           if (dtype != DType::kF32) out.expect(dtype, begin, end, round_up(hidden, kLongestVector));
-          const NormTask task{dtype, &norm, hidden, eps, added.as<float>(), in_out.as<float>(), stride, out.operand()};
+          const NormTask task{dtype,  &norm,        hidden, eps, added.as<float>(), in_out.as<float>(),
+                              stride, out.operand()};
           kernels->residual_norm(task, begin, end);
           Judge judge(kFloatEps);
           for (int r = begin; r < end; ++r) {
@@ -134,7 +135,8 @@ TEST(embed) {
       model.word = view(0);
       model.position = view(1);
       model.token_type = view(2);
-      const std::vector<int32_t> ids = {-1, words - 1, 0, 5, 7, 22, 3, -1}, token_types = {-1, 2, 0, 1, 1, 2, 0, -1},
+      const std::vector<int32_t> ids = {-1, words - 1, 0, 5, 7, 22, 3, -1},
+                                 token_types = {-1, 2, 0, 1, 1, 2, 0, -1},
                                  places = {-1, 0, 10, 4, 3, 2, 1, -1};
       for (const Kernels* kernels : available_kernels()) {
         const check::Where where(std::string(kernels->name) + " " + name_of(dtype) + " hidden " +
@@ -180,7 +182,9 @@ std::vector<float> hard_rows(Random& random, int rows, int columns) {
       switch (r % 6) {
         case 0: values.push_back(normal); break;
         case 1: values.push_back(0); break;
-        case 2: values.push_back(i == columns / 2 ? 127.f : static_cast<float>(random.below(20)) - 9.5f); break;
+        case 2:
+          values.push_back(i == columns / 2 ? 127.f : static_cast<float>(random.below(20)) - 9.5f);
+          break;
         case 3: values.push_back(normal * 1e30f); break;
         case 4: values.push_back(normal * 1e-30f); break;
         default: values.push_back(i == columns - 1 ? -50.f : normal); break;

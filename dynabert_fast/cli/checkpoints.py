@@ -1,14 +1,17 @@
-"""`evaluate` and `export`: what a trained checkpoint is good for."""
+"""`evaluate`, `export` and `pack`: what a trained checkpoint is good for."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynabert_fast.cli import arguments as shared
 from dynabert_fast.engine import DTYPES
 from dynabert_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from dynabert_fast.models import DynaBertForSequenceClassification, DynaBertModel
 
 
 def add_commands(commands: Any) -> None:
@@ -68,6 +71,28 @@ dynabert-fast export sst2/dynabert --subnet l0+2-h12+6-n1536+768 --output sst2-o
         help="w0.50-d0.75, or layers, heads, neurons: l0+2-h12+6-n1536+768",
     )
     shared.add_output(parser, resumable=False)
+
+    parser = shared.add_command(
+        commands,
+        "pack",
+        "write the CPU engine's file: one copy of the weights for every sub-network",
+        """
+dynabert-fast pack sst2/dynabert --dtype int8 --output sst2.dynabert
+dynabert-fast pack sst2/dynabert --dtype bf16 --output sst2-bf16.dynabert""",
+        _pack,
+    )
+    parser.add_argument(
+        "checkpoint", help="folder or hub id; without a head, its encoder is packed"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="int8",
+        help="type of the weights and of the arithmetic (default int8)",
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="file to write, a new one"
+    )
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -135,3 +160,43 @@ def _export(args: argparse.Namespace) -> None:
             )
     count = format_quantity(sum(p.numel() for p in part.parameters()) / 1e6)
     print(f"saved: {args.output} ({subnet}, {count} M parameters, equal bit for bit)")
+
+
+def _pack(args: argparse.Namespace) -> None:
+    shared.quiet_libraries()
+    from dynabert_fast.files import old_or_new_folder
+
+    path: Path = args.output
+    old_or_new_folder(path.parent)
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path} exists; name another file, or delete it first")
+    engine = _load_any(args.checkpoint).pack(args.dtype, threads=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    engine.save(path)
+    print(f"saved: {path} ({args.dtype}, {path.stat().st_size:,} bytes)")
+
+
+def _load_any(source: str) -> DynaBertForSequenceClassification | DynaBertModel:
+    """The classifier of a checkpoint, or the encoder of one that has no such head."""
+    from dynabert_fast.models import DynaBertModel
+    from dynabert_fast.training.pipeline import _loading, load_config, load_model
+
+    saved_from = load_config(source).architectures or ["of a SequenceClassification"]
+    if any("SequenceClassification" in name for name in saved_from):
+        return load_model(source)
+    with _loading(source):
+        model, report = DynaBertModel.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    drawn = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    pooler = {name for name in drawn if name.startswith("pooler.")}
+    if drawn - pooler:
+        raise InputError(
+            f"{source} has no {min(drawn - pooler)} of the size that its config.json says; "
+            "copy or save it again"
+        )
+    if pooler:
+        for parameter in model.pooler.parameters():
+            parameter.data.zero_()
+        print("note: the checkpoint has no pooler; pooler_output will be 0")
+    return model

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dynabert_fast.engine.native import ISA_VARIABLE, native_module
-from dynabert_fast.engine.packing import DTYPES, PackedConfig, read_file, write_file
+from dynabert_fast.engine.packing import DTYPES, PackedConfig, prefetch, read_file, write_file
 from dynabert_fast.errors import InputError
 from dynabert_fast.subnet import Subnet
 
@@ -119,7 +119,7 @@ class CpuEngine:
         except ValueError as error:
             raise InputError(str(error)) from None
         self._subnets: dict[Subnet, int] = {}
-        self._full = self._number(Subnet.full(config))
+        self._full = Subnet.full(config)
 
     def __repr__(self) -> str:
         return (
@@ -233,6 +233,7 @@ class CpuEngine:
                 subnet.check(self.config)
                 number = self._native.add_subnet(subnet.layers, subnet.heads, subnet.neurons)
                 self._subnets[subnet] = number
+                prefetch(self.config, self._packed, subnet)
         except TypeError:
             parts = subnet.layers, subnet.heads, subnet.neurons
             raise InputError(f"a sub-network is three tuples of integers, got {parts}") from None
@@ -243,7 +244,7 @@ class CpuEngine:
     ) -> tuple[np.ndarray, set[int]]:
         """The number of each sequence's sub-network, and how many layers they keep."""
         if subnet is None:
-            return np.full(batch, self._full, np.int32), {len(self.config.layer_heads)}
+            subnet = self._full
         if isinstance(subnet, Subnet):
             return np.full(batch, self._number(subnet), np.int32), {len(subnet.layers)}
         given: list[Any] = list(subnet) if isinstance(subnet, list | tuple) else [subnet]
@@ -284,7 +285,7 @@ def _integers(name: str, values: Any) -> np.ndarray:
     array = _array(name, values)
     if array.dtype.kind not in "iu":
         raise InputError(f"{name} must be integers, got {list(array.shape)} {array.dtype}")
-    return np.ascontiguousarray(array, np.int64)
+    return array.astype(np.int64, order="C", copy=False)
 
 
 def _mask(ids: np.ndarray, mask: Any, lengths: Any) -> np.ndarray | None:

@@ -13,13 +13,14 @@ kept with the other sign, as running totals over blocks of K, so that every pref
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import secrets
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 
 from dynabert_fast.engine.native import DTYPES, native_module
 from dynabert_fast.errors import InputError, SaveError
+from dynabert_fast.subnet import Subnet
 
 #: Activations of the FFN.
 ACTIVATIONS = ("", "gelu", "gelu_tanh", "relu")
@@ -42,6 +44,8 @@ _VERSION = 1
 _PREAMBLE = struct.Struct("<8sIII")
 _PAGE = 4096
 _LONGEST_HEADER = 1 << 26
+# Linux reads no more than this at one advice where a disk is set up as usual.
+_READ_AHEAD = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -280,6 +284,45 @@ def _pack_matrix(
     panels[...] = whole.reshape(count, PANEL, words, group).transpose(0, 2, 1, 3)
 
 
+def used_ranges(config: PackedConfig, subnet: Subnet) -> Iterator[tuple[int, int]]:
+    """Offset and size of the packed bytes that a sub-network reads, but for the words' rows."""
+    sections = native_module().layout(config.native())
+    blocks = {name: block for name, _, _, block, _, _ in sections if block}
+    kept = {layer: i for i, layer in enumerate(subnet.layers)}
+    for name, _, shape, _, offset, size in sections:
+        parts = name.split(".")
+        if name == "word.rows" or (parts[0] == "layer" and int(parts[1]) not in kept):
+            continue
+        if parts[0] != "layer" or parts[-1] != "panels":
+            yield offset, size
+            continue
+        i, matrix = kept[int(parts[1])], parts[2]
+        rows, neurons = subnet.heads[i] * config.head_size, subnet.neurons[i]
+        extent = {"qkv": 3 * rows, "out": rows, "up": neurons, "down": neurons}[matrix]
+        panels, words, columns, group = shape
+        bytes_of_word = columns * size // math.prod(shape) * group
+        panel = words * bytes_of_word
+        if matrix in ("qkv", "up"):
+            yield offset, -(-extent // columns) * panel
+            continue
+        block = blocks.get(f"layer.{parts[1]}.{matrix}.compensation", group)
+        used = min(words, -(-extent // block) * block // group) * bytes_of_word
+        for p in range(panels):
+            yield offset + p * panel, used
+
+
+def prefetch(config: PackedConfig, packed: np.ndarray, subnet: Subnet) -> None:
+    """Have the system read what a sub-network needs of a mapped file, and no more, meanwhile."""
+    mapped = getattr(packed.base, "obj", None)  # of the memoryview that numpy keeps
+    if not isinstance(mapped, mmap.mmap):
+        return
+    start = len(mapped) - packed.nbytes
+    for offset, size in used_ranges(config, subnet):
+        end = start + offset + size
+        for begin in range((start + offset) // mmap.PAGESIZE * mmap.PAGESIZE, end, _READ_AHEAD):
+            mapped.madvise(mmap.MADV_WILLNEED, begin, min(end - begin, _READ_AHEAD))
+
+
 def write_file(path: Path, config: PackedConfig, packed: np.ndarray) -> None:
     """Write a packed model beside its place and rename it: a file is whole or absent.
 
@@ -340,6 +383,8 @@ def read_file(path: Path, *, verify: bool = False) -> tuple[PackedConfig, np.nda
             raise refuse(f"it has {status.st_size} bytes")
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Nothing beside a page that is used is read with it: `prefetch` knows what will be.
+        mapped.madvise(mmap.MADV_RANDOM)
     except InputError:
         raise
     except (OSError, ValueError) as error:

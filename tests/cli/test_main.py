@@ -16,7 +16,8 @@ from dynabert_fast.cli.main import build_parser
 from dynabert_fast.errors import InputError, SaveError
 
 COMMANDS = (
-    "quickstart fit finetune rewire train-width train-depth train-final evaluate export bench info"
+    "quickstart fit finetune rewire train-width train-depth train-final evaluate export pack "
+    "bench info"
 ).split()
 PROGRAM = [sys.executable, "-m", "dynabert_fast.cli.main"]
 

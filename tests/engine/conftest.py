@@ -242,8 +242,10 @@ def simulate_int8(case: Case, dtype: torch.dtype, subnet: Subnet, batch: Outputs
         return hidden
 
     with torch.no_grad():
-        ids, mask, types = (batch[k] for k in ("input_ids", "attention_mask", "token_type_ids"))
-        positions = base.embeddings.position_ids(ids)
+        ids = batch["input_ids"]
+        mask = batch.get("attention_mask", torch.ones_like(ids))
+        types = batch.get("token_type_ids", torch.zeros_like(ids))
+        positions = batch.get("position_ids", base.embeddings.position_ids(ids))
         shape = (1 + len(subnet.layers), *ids.shape, config.hidden_size)
         hidden, first = torch.zeros(shape, dtype=dtype), []
         for row, real in enumerate(mask.bool()):

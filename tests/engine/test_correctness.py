@@ -42,11 +42,39 @@ def all_lengths(case):
     return jobs
 
 
+def all_paddings(case):
+    """Padding anywhere, its id there or not, with and without ids of positions and types."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, case.config.vocab_size, (3, 6), generator=generator)
+    ids[0, 1] = ids[2, 3] = ids[0, 4] = case.config.pad_token_id
+    masks = {
+        "none": None,
+        "right": [[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]],
+        "left": [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1]],
+        "holes": [[1, 0, 1, 1, 0, 1], [0, 1, 0, 0, 1, 0], [1, 1, 0, 1, 1, 1]],
+    }
+    sizes = {
+        "token_type_ids": case.config.type_vocab_size,
+        "position_ids": case.config.max_position_embeddings,
+    }
+    extras = {
+        name: torch.randint(0, count, ids.shape, generator=generator)
+        for name, count in sizes.items()
+    }
+    jobs = []
+    for mask in masks.values():
+        given = {} if mask is None else {"attention_mask": torch.tensor(mask)}
+        for names in ((), ("token_type_ids",), ("position_ids",), tuple(extras)):
+            batch = {"input_ids": ids} | given | {name: extras[name] for name in names}
+            jobs.append((case.subnets()["heterogeneous"], batch))
+    return jobs
+
+
 def gather(run, jobs):
     """Outputs of many (sub-network, batch) pairs, by name: of real tokens or sequences, `[n]`."""
     found = defaultdict(list)
     for subnet, batch in jobs:
-        real = batch["attention_mask"].bool()
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         for name, values in run(subnet, batch).items():
             assert values.isfinite().all(), (name, subnet)
             if values.dim() == 3:
@@ -143,6 +171,10 @@ def check(make_case, dtype, isa, judge, runner):
 
 def test_subnets(case, check):
     check(case.name, all_subnets)
+
+
+def test_paddings(case, check):
+    check(case.name, all_paddings)
 
 
 # Head sizes 6, 11 and 64.

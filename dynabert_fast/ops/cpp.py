@@ -1,4 +1,4 @@
-"""The ops in C++ on a CPU: `csrc/cpu/ops.cpp`, which takes addresses and strides and knows no torch.
+"""The ops in C++ on a CPU: `csrc/cpu/ops.cpp`, which takes addresses and strides, not tensors.
 
 Every row's sums run over their terms in one order, so results and gradients have the same bits for
 any number of threads. Threads follow `torch.get_num_threads()`.
@@ -31,7 +31,7 @@ def _ops(threads: int, isa: str) -> Any:
 
 @functools.cache
 def _openmp_parallel() -> int:
-    """Address of `GOMP_parallel` in the OpenMP runtime that torch has loaded, 0 where there is none.
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch has loaded, 0 without one.
 
     The ops then run on torch's own threads. A second team would compete with them: after a parallel
     region they wait awake for milliseconds, and a forward pass of MiniLM took twice as long.
@@ -143,7 +143,7 @@ def expand_backward(
 def _weight_gradient(
     weight: Tensor, left: Tensor, right: Tensor, extents: Sequence[int], rows: Sequence[int]
 ) -> Tensor:
-    """Like the weight: for each of its rows, the sum of `left` times `right` over what reaches it."""
+    """Like the weight: for each of its rows, the sum of `left` times `right` that reach it."""
     grad = torch.empty_like(weight)
     _native().weight_gradient(
         _is_bf16(weight),

@@ -152,7 +152,7 @@ TEST(each_range_of_queries) {
 TEST(nothing_is_written_behind_the_scratch) {
   Random random(23);
   for (bool bf16 : {false, true})
-    for (int length : {1, 63, 64, 65})
+    for (int length : {1, 63, 64, 65, 128})
       for (int head_size : kHeadSizes) {
         const Problem p = make(random, bf16, length, head_size, 1);
         for (const Kernels* kernels : available_kernels()) {

@@ -363,8 +363,10 @@ TEST(hidden_states) {
       const auto all = call(encoder, mix.sequences, mix.subnets, {2, 1, true, layers + 1});
       const auto last = call(encoder, mix.sequences, mix.subnets, {0, 0, false, 1});
       const auto none = call(encoder, mix.sequences, mix.subnets);
+      const auto some = call(encoder, mix.sequences, mix.subnets, {0, 0, false, 3});
       for (size_t b = 0; b < all.size(); ++b) {
         CHECK(same(all[b].states[layers], last[b].states[0]));
+        for (int k = 0; k < 3; ++k) CHECK(same(all[b].states[k], some[b].states[k]));
         CHECK(!same(all[b].states[layers], all[b].states[layers - 1]));
         CHECK(same(all[b], none[b]) && same(last[b], none[b]));
       }

@@ -1,6 +1,13 @@
 #include "thread_team.h"
 
+#include <pthread.h>
+
+#include <atomic>
 #include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
 
 namespace dynabert {
 namespace {
@@ -18,9 +25,65 @@ constexpr int kSpinsBeforeYield = 4000;
 // How long a worker waits for the next call awake: waking a sleeping one takes 5 to 50 microseconds.
 constexpr std::chrono::microseconds kAwake{200};
 
+std::atomic<uint64_t> forks{0};
+
+/// How many forks lie between the first process and this one.
+uint64_t count_forks() {
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+  (void)registered;
+  return forks.load(std::memory_order_relaxed);
+}
+
 }  // namespace
 
-ThreadTeam::ThreadTeam(int size) : size_(size) {
+/// The workers, and what they and the caller tell each other.
+class ThreadTeam::Crew {
+ public:
+  explicit Crew(int size);
+  ~Crew();
+  void run(const std::function<void(int)>& f);
+  void barrier();
+
+ private:
+  void work(int index);
+
+  const int size_;
+  const std::function<void(int)>* job_ = nullptr;
+  // Each on a cache line of its own: they are written by different threads all the time.
+  alignas(64) std::atomic<uint64_t> generation_{0};  // runs started
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint64_t> phase_{0};  // barriers passed
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  int sleeping_ = 0;
+  bool stop_ = false;
+  std::vector<std::thread> workers_;
+};
+
+ThreadTeam::ThreadTeam(int size)
+    : size_(size), forks_(count_forks()), crew_(size > 1 ? std::make_unique<Crew>(size) : nullptr) {}
+
+ThreadTeam::~ThreadTeam() {
+  if (forks_ != count_forks()) crew_.release();  // its threads are not here to be waited for
+}
+
+void ThreadTeam::run(const std::function<void(int)>& f) {
+  if (size_ == 1) return f(0);
+  if (forks_ != count_forks()) {
+    auto crew = std::make_unique<Crew>(size_);
+    crew_.release();
+    crew_ = std::move(crew);
+    forks_ = count_forks();
+  }
+  crew_->run(f);
+}
+
+void ThreadTeam::barrier() {
+  if (size_ > 1) crew_->barrier();
+}
+
+ThreadTeam::Crew::Crew(int size) : size_(size) {
   try {
     for (int i = 1; i < size; ++i) workers_.emplace_back([this, i] { work(i); });
   } catch (...) {  // no thread to be had: those that started must end before the members go
@@ -34,7 +97,7 @@ ThreadTeam::ThreadTeam(int size) : size_(size) {
   }
 }
 
-ThreadTeam::~ThreadTeam() {
+ThreadTeam::Crew::~Crew() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
@@ -44,8 +107,8 @@ ThreadTeam::~ThreadTeam() {
   for (auto& worker : workers_) worker.join();
 }
 
-void ThreadTeam::run(const std::function<void(int)>& f) {
-  if (size_ > 1) {
+void ThreadTeam::Crew::run(const std::function<void(int)>& f) {
+  {
     std::lock_guard<std::mutex> lock(mutex_);
     job_ = &f;
     generation_.fetch_add(1, std::memory_order_release);
@@ -55,8 +118,7 @@ void ThreadTeam::run(const std::function<void(int)>& f) {
   barrier();
 }
 
-void ThreadTeam::barrier() {
-  if (size_ == 1) return;
+void ThreadTeam::Crew::barrier() {
   const uint64_t phase = phase_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
@@ -69,7 +131,7 @@ void ThreadTeam::barrier() {
   }
 }
 
-void ThreadTeam::work(int index) {
+void ThreadTeam::Crew::work(int index) {
   uint64_t seen = 0;
   for (;;) {
     const auto until = std::chrono::steady_clock::now() + kAwake;

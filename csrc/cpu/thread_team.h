@@ -1,17 +1,15 @@
 // A team of threads that walks through the phases of one forward pass together.
 #pragma once
 
-#include <atomic>
-#include <condition_variable>
+#include <cstdint>
 #include <functional>
-#include <mutex>
-#include <thread>
-#include <vector>
+#include <memory>
 
 namespace dynabert {
 
 /// `run(f)` calls f(0) on the caller and f(1) .. f(size - 1) on workers, and returns when all have.
-/// Workers spin for a while after a run, so that the next one starts at once, and then sleep.
+/// Workers spin for a while after a run, so that the next one starts at once, and then sleep. A forked
+/// process has none of its parent's threads: its first run starts new ones.
 class ThreadTeam {
  public:
   explicit ThreadTeam(int size);
@@ -26,19 +24,11 @@ class ThreadTeam {
   void barrier();
 
  private:
-  void work(int index);
+  class Crew;
 
   const int size_;
-  const std::function<void(int)>* job_ = nullptr;
-  // Each on a cache line of its own: they are written by different threads all the time.
-  alignas(64) std::atomic<uint64_t> generation_{0};  // runs started
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint64_t> phase_{0};  // barriers passed
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  int sleeping_ = 0;
-  bool stop_ = false;
-  std::vector<std::thread> workers_;
+  uint64_t forks_;  // of this process and its ancestors when the crew was hired
+  std::unique_ptr<Crew> crew_;
 };
 
 }  // namespace dynabert

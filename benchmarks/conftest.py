@@ -1,4 +1,8 @@
-"""After the run: every row's best time, and its ratio to the baseline of its group."""
+"""After the run: every row's best time, and its ratio to the baseline of its group.
+
+Cases of `bench_cpu_engine.py`, which hold several rows each, are printed and written by
+`report.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
     groups = defaultdict(list)
+    cases = {}
     for row in session.benchmarks if session else ():
-        if row.stats.rounds:
+        if "case" in row.extra_info:
+            cases[row.extra_info["case"]] = row.extra_info
+        elif row.stats.rounds:
             groups[row.group].append(row)
+    if cases:
+        _report_cases(terminalreporter, cases)
     measured = {g: rows for g, rows in groups.items() if any(_is_baseline(r) for r in rows)}
     if not measured:
         return
@@ -28,6 +37,19 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(
                 f"  {row.extra_info['row']:<20s} {best * 1e3:9.3f} ms  x{ratio:5.2f}{mark}"
             )
+
+
+def _report_cases(terminalreporter, cases):
+    from . import peers, report  # other benchmarks run without the engine's native part
+
+    terminalreporter.section("medians, and how many times ours")
+    for name, case in cases.items():
+        terminalreporter.write_line(name)
+        for line in report.lines(case):
+            terminalreporter.write_line(line)
+    peaks = {dtype: peers.peak(dtype) / peers.THREADS for dtype in ("fp32", "bf16", "int8")}
+    path = report.write(cases, peers.engine("int8").isa, peers.versions(), peaks)
+    terminalreporter.write_line(f"written: {path}")
 
 
 def _is_baseline(row) -> bool:

@@ -1,0 +1,157 @@
+"""What the engine benchmarks found, as text, JSON and Markdown."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+CHANGED = "+changes"
+
+
+def write(
+    cases: dict[str, Any], isa: str, versions: dict[str, str], peaks: dict[str, float]
+) -> Path:
+    """Write `cpu_engine.json` and `cpu_engine.md`.
+
+    Cases measured earlier stay in the files if machine, versions and commit are the same, and
+    nothing has changed since that commit.
+
+    Args:
+        cases: What each case recorded.
+        isa: Instruction set of the engine.
+        versions: Of the packages that took part.
+        peaks: Operations per second of one thread, for each type.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "cpu_engine.json"
+    head = {"machine": _machine(isa), "versions": versions, "commit": _commit()}
+    if path.exists():
+        old = json.loads(path.read_text())
+        if {name: old.get(name) for name in head} == head and CHANGED not in head["commit"]:
+            cases = old["cases"] | cases
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    rates = {dtype: round(p / 1e9) for dtype, p in peaks.items()}
+    found = head | {"date": date, "gops_per_thread": rates, "cases": cases}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.with_suffix(".md").write_text("\n".join(_markdown(found)) + "\n")
+    return path.with_suffix(".md")
+
+
+def lines(case: dict[str, Any]) -> Iterator[str]:
+    """One case for the terminal."""
+    for row in case["rows"]:
+        yield f"  {_label(row):<32s} {row['ms']:10.3f} ms" + (
+            f"  x{row['ratio']:5.2f}" if "ratio" in row else ""
+        )
+    for bar in case["bars"]:
+        yield f"  {bar['what']}: {_measured(bar)}"
+    for reason in case["absent"]:
+        yield f"  absent: {reason}"
+
+
+def _machine(isa: str) -> dict[str, Any]:
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    pairs = (line.partition(":") for line in text.splitlines())
+    fields = {key.strip(): value.strip() for key, _, value in pairs}
+    name = fields.get("model name", platform.processor())
+    if "cpu family" in fields:
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "isa": isa,
+        "python": platform.python_version(),
+    }
+
+
+def _markdown(found: dict[str, Any]) -> Iterator[str]:
+    machine = found["machine"]
+    peaks = ", ".join(f"{d} {p:g}" for d, p in found["gops_per_thread"].items())
+    yield "# The CPU engine against its peers"
+    yield ""
+    yield "Written by `benchmarks/bench_cpu_engine.py`, which says what is measured and how."
+    yield ""
+    yield f"- {machine['processor']}, {machine['cores']} cores, instruction set {machine['isa']}"
+    yield f"- peak of the matrix kernel, GOP/s a thread: {peaks}"
+    yield f"- Python {machine['python']}, " + ", ".join(
+        f"{name} {version}" for name, version in found["versions"].items()
+    )
+    yield f"- {found['date']}, commit {found['commit']}"
+    yield ""
+    yield "| case | what | measured | asked for | limit | |"
+    yield "|---|---|---|---|---|---|"
+    for name, case in found["cases"].items():
+        for bar in case["bars"]:
+            limit = f"{bar['limit']:.2f}" if "limit" in bar else ""
+            yield (
+                f"| {name} | {bar['what']} | {_number(bar['measured'])} | {_asked(bar)} | {limit} "
+                f"| {_verdict(bar)} |"
+            )
+    for name, case in found["cases"].items():
+        ratios = any("ratio" in row for row in case["rows"])
+        cosines = any("cosine" in row for row in case["rows"])
+        yield ""
+        yield f"## {name}"
+        yield ""
+        yield "| | median ms | best ms |" + " times ours |" * ratios + " cosine |" * cosines
+        yield "|---|---|---|" + "---|" * (ratios + cosines)
+        for row in case["rows"]:
+            best = f"{row['best_ms']:.3f}" if "best_ms" in row else ""
+            cells = [_label(row), f"{row['ms']:.3f}", best]
+            if ratios:
+                cells.append(f"{row['ratio']:.2f}" if "ratio" in row else "")
+            if cosines:
+                cells.append(f"{row['cosine']:.5f}" if "cosine" in row else "")
+            yield "| " + " | ".join(cells) + " |"
+        for reason in case["absent"]:
+            yield ""
+            yield f"Absent: {reason}"
+
+
+def _label(row: dict[str, Any]) -> str:
+    return f"{row['name']}, {row['dtype']}"
+
+
+def _asked(bar: dict[str, Any]) -> str:
+    if bar["least"] is not None:
+        return f"at least {bar['least']:g}"
+    return "" if bar["most"] is None else f"at most {bar['most']:g}"
+
+
+def _verdict(bar: dict[str, Any]) -> str:
+    if bar["least"] is None and bar["most"] is None:
+        return ""
+    met = bar["least"] is None or bar["measured"] >= bar["least"]
+    met &= bar["most"] is None or bar["measured"] <= bar["most"]
+    return "met" if met else "missed"
+
+
+def _measured(bar: dict[str, Any]) -> str:
+    limit = f"limit {bar['limit']:.2f}" if "limit" in bar else ""
+    notes = ", ".join(note for note in (_asked(bar), limit, _verdict(bar)) if note)
+    return _number(bar["measured"]) + (f" ({notes})" if notes else "")
+
+
+def _number(value: float) -> str:
+    return f"{value:.5f}" if 0.99 < value < 1.1 else f"{value:.2f}"
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+
+    changed = git("status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + CHANGED * bool(changed)

@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 NATIVE = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 INPUTS = pyproject.toml constraints.txt setup.py csrc/CMakeLists.txt $(filter-out csrc/tests/%,$(NATIVE))
 
-.PHONY: help quickstart test native-test arm-test lint bench clean
+.PHONY: help quickstart test native-test arm-test lint bench bench-peers clean
 .NOTPARALLEL:  # two targets may want to install into the same environment
 
 help:  ## Show this list
@@ -46,7 +46,10 @@ lint: $(VENV)/.dev  ## Check style, formatting and types
 	$(if $(NATIVE),$(BIN)/clang-format --dry-run --Werror $(NATIVE))
 
 bench: $(VENV)/.dev  ## Run the benchmarks
-	$(BIN)/pytest -q benchmarks --benchmark-only
+	$(BIN)/pytest -q benchmarks --benchmark-only --ignore=benchmarks/bench_cpu_engine.py
+
+bench-peers: $(VENV)/.peers  ## Compare the CPU engine with ONNX Runtime, OpenVINO, zentorch and torch.compile
+	$(BIN)/pytest -q benchmarks/bench_cpu_engine.py --benchmark-only
 
 clean:  ## Remove the environment, build outputs and caches
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache
@@ -57,7 +60,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
 # The stamp is written last. An install that was interrupted leaves .partial behind, and the next one
 # then starts from an empty environment rather than from one with half a package in it.
-$(VENV)/.quickstart $(VENV)/.dev: $(VENV)/.%: $(INPUTS)
+$(VENV)/.quickstart $(VENV)/.dev $(VENV)/.peers: $(VENV)/.%: $(INPUTS)
 	$(if $(wildcard $(VENV)/.partial),rm -rf $(VENV))
 	@mkdir -p $(VENV) && touch $(VENV)/.partial
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

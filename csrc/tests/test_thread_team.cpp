@@ -1,6 +1,9 @@
 // The team of threads that walks through a pass.
+#include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <thread>
+#include <vector>
 
 #include "../cpu/thread_team.h"
 #include "check.h"

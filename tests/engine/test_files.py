@@ -336,25 +336,29 @@ def test_verify(engine, whole, path, same):
     assert same(load(path)(IDS), engine(IDS))
 
 
+@pytest.mark.parametrize("script", ["fuzz_files.py", "fuzz_calls.py"])
 @pytest.mark.parametrize(
-    "count", [1, pytest.param(10, marks=pytest.mark.slow)], ids=["short", "long"]
+    ("name", "dtype", "count"),
+    [
+        ("layers that differ", "int8", 1),
+        pytest.param("layers that differ", "fp32", 4, marks=pytest.mark.slow),
+        pytest.param(HEAD, "bf16", 4, marks=pytest.mark.slow),
+        pytest.param(HEAD, "int8", 4, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("what", ["files", "calls"])
-def test_fuzz(make_case, make_engine, tmp_path, environment, what, count):
+def test_fuzz(make_case, make_engine, path, environment, script, name, dtype, count):
     """In a process of its own: a crash is a red test and no more."""
-    for name, dtype in (("layers that differ", "int8"), (HEAD, "bf16")):
-        path = tmp_path / f"{dtype}.dynabert"
-        make_engine(make_case(name), dtype).save(path)
-        script = Path(__file__).with_name(f"fuzz_{what}.py")
-        result = subprocess.run(
-            [sys.executable, "-X", "faulthandler", str(script), str(path), str(count)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
+    make_engine(make_case(name), dtype).save(path)
+    command = [str(Path(__file__).with_name(script)), str(path), str(count)]
+    result = subprocess.run(
+        [sys.executable, "-X", "faulthandler", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 # --- what is read ---------------------------------------------------------------------------------
@@ -362,7 +366,7 @@ def test_fuzz(make_case, make_engine, tmp_path, environment, what, count):
 
 @pytest.fixture(scope="module")
 def large(make_model, tmp_path_factory):
-    """A file of 29 MB, most of it layers, as in a real model."""
+    """A file of 24 MB, most of it layers, as in a real model."""
     model = make_model(
         base=True,
         hidden_size=384,

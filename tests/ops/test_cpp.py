@@ -5,6 +5,7 @@ instruction sets; the memory it reads; and that it computes with the weights of 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import os
 import subprocess
@@ -14,17 +15,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynabert_fast import ops
 from dynabert_fast.engine import isas
 from dynabert_fast.engine.native import ISA_VARIABLE
+from dynabert_fast.errors import InputError
+from dynabert_fast.models.modeling_dynabert import PackedSequences
 from dynabert_fast.ops import cpp
 from dynabert_fast.ops.reference import keep_mask
+from dynabert_fast.subnet import Subnet
 
 EPS, P = 1e-5, 0.3
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0)
@@ -91,9 +97,9 @@ class Case:
 def on_cpp(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same call, which no other backend may serve; its backward neither."""
 
-    def run(*inputs: Tensor) -> Tensor:
+    def run(*args: Any, **settings: Any) -> Tensor:
         with ops.use_backend("cpp"):
-            return call(*inputs)
+            return call(*args, **settings)
 
     return run
 
@@ -586,3 +592,353 @@ def test_a_forked_process():
     subprocess.run(
         [sys.executable, "-c", FORK], env=os.environ | {"PYTHONPATH": path}, timeout=60, check=True
     )
+
+
+# --- choosing the backend -------------------------------------------------------------------------
+
+
+def test_reference_is_plain_torch(randn):
+    x, weight, bias = (t.float() for t in (randn(37, 67), randn(130, 67), randn(130)))
+    with ops.use_backend("reference"):
+        got = ops.expand(x, weight, bias, 129, activation="gelu")
+    assert torch.equal(got, F.gelu(F.linear(x, weight[:129], bias[:129])))
+    assert not torch.equal(got, on_cpp(ops.expand)(x, weight, bias, 129, activation="gelu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_a_type_that_it_does_not_take(randn, dtype):
+    x, weight, bias = (t.to(dtype) for t in (randn(5, 7), randn(3, 7), randn(3)))
+    with ops.use_backend("cpp"), pytest.raises(InputError) as error:
+        ops.expand(x, weight, bias, 3)
+    assert str(error.value) == (
+        "the forced backend 'cpp' cannot compute expand: "
+        f"it takes torch.float32, torch.bfloat16, not {dtype}"
+    )
+    assert ops.expand(x, weight, bias, 3).dtype == dtype
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+SIZES = {
+    "hidden_size": 67,
+    "head_size": 17,
+    "num_attention_heads": 3,
+    "intermediate_size": 130,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 77,
+    "classifier_dropout": 0.0,  # torch's own dropout, whose mask depends on the type
+}
+# Few packed rows, and many.
+LENGTHS = {"one token": (1,), "few tokens": (17, 1, 9), "many tokens": (70, 1, 37, 13, 64)}
+
+
+@pytest.fixture(params=LENGTHS)
+def batch(request) -> dict[str, Tensor]:
+    return make_ids(LENGTHS[request.param], seed=0)
+
+
+def make_ids(lengths: Sequence[int], seed: int) -> dict[str, Tensor]:
+    shape = len(lengths), max(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "input_ids": torch.randint(1, 61, shape, generator=generator),
+        "attention_mask": (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long(),
+    }
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_models_agree_with_the_reference(make_model, dtype, lengths):
+    """Logits and gradients, dropout included. Rounding errors grow from layer to layer, so that one
+    model's are luck: the rule holds for the geometric mean over models.
+    """
+
+    def run(seed, backend, dtype):
+        model, batch = make_model(**SIZES, seed=seed).to(dtype).train(), make_ids(lengths, seed)
+        subnet = Subnet.from_extents(model.config, (0, 1), (3, 2), (130, 65))
+        torch.manual_seed(seed)
+        with ops.use_backend(backend):
+            out = model(**batch, subnet=subnet).logits
+            grad = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
+            grads = torch.autograd.grad(out, list(model.parameters()), grad)
+        names = [name for name, _ in model.named_parameters()]
+        return dict(zip(["logits", *names], [out.detach(), *grads], strict=True))
+
+    eps = torch.finfo(dtype).eps
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(8):
+        truth, torchs, ours = (
+            run(seed, *how)
+            for how in (("reference", torch.float64), ("reference", dtype), ("cpp", dtype))
+        )
+        for name, want in truth.items():
+            size = want.abs().max()
+            pair = [float((t[name] - want).abs().max() / size) + eps for t in (ours, torchs)]
+            errors.setdefault(name, []).append((pair[0], pair[1]))
+    for name, pairs in errors.items():
+        error, allowed = map(geometric_mean, zip(*pairs, strict=True))
+        assert error <= 2 * allowed, f"{name}: error {error:.2e}, torch's {allowed:.2e}"
+
+
+def test_every_parameter_gets_a_gradient(make_model, batch):
+    model = make_model(**SIZES)
+    with ops.use_backend("cpp"):
+        loss = model(**batch, labels=torch.arange(len(batch["input_ids"])) % 3).loss
+        loss.backward()
+    assert loss.isfinite()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert batch["input_ids"].numel() == 1 or parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_a_compiled_layer_equals_eager(make_model, randn, grad):
+    torch.compiler.reset()
+    layer = make_model(**SIZES).dynabert.encoder.layer[0]
+    packed = PackedSequences.from_mask((3, 37), None, "cpu")
+    x = randn(111, 67).float().requires_grad_(grad)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    results = []
+    for run in (layer, compiled):
+        with ops.use_backend("cpp"), torch.set_grad_enabled(grad):
+            out = run(x, packed, 2, 65)
+            leaves = [x, *layer.parameters()]
+            results.append([out, *(torch.autograd.grad(out.sum(), leaves) if grad else ())])
+    assert_same_bits(*results)
+
+
+# --- the weights of now ---------------------------------------------------------------------------
+
+D, K, T = 67, 130, (1, 7, 40, 200)
+
+
+class Pair(nn.Module):
+    """Both kinds of product, on views that are made anew at each call, as in the models."""
+
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+
+        self.up, self.up_bias = parameter(2, K // 2, D), parameter(K)
+        self.down_t, self.down_bias = parameter(K, D), parameter(D)
+
+    def forward(self, x: Tensor, extent: int | Sequence[int] = K, rows: Any = None) -> Tensor:
+        inner = ops.expand(x, self.up.flatten(0, 1), self.up_bias, extent, rows, "relu")
+        return ops.contract(inner, self.down_t, self.down_bias, extent, rows)
+
+
+def answers(pair: Pair, mode: str, x: Tensor) -> list[Tensor]:
+    """The output; with gradients also those of x and the weights."""
+    with ops.use_backend("cpp"):
+        if mode == "grad":
+            leaf = x.clone().requires_grad_()
+            out = pair(leaf)
+            return [out.detach(), *torch.autograd.grad(out.sum(), [leaf, *pair.parameters()])]
+        with getattr(torch, mode)():
+            return [pair(x)]
+
+
+def fresh(pair: Pair) -> Pair:
+    """The same values in memory that no call has seen."""
+    return copy.deepcopy(pair)
+
+
+def step(kind: type[torch.optim.Optimizer], **settings: Any) -> Callable[[Pair], None]:
+    def change(pair: Pair) -> None:
+        generator = torch.Generator().manual_seed(5)
+        for p in pair.parameters():
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        kind(pair.parameters(), lr=0.5, **settings).step()
+        pair.zero_grad()
+
+    return change
+
+
+def in_place(change: Callable[[Tensor], Any], mode: Any = torch.no_grad) -> Callable[[Pair], None]:
+    def run(pair: Pair) -> None:
+        with mode():
+            for p in pair.parameters():
+                change(p)
+
+    return run
+
+
+def _double_data(p: nn.Parameter) -> None:
+    p.data.mul_(2)
+
+
+def _replace_data(p: nn.Parameter) -> None:
+    p.data = p.data * 2
+
+
+def _double_memory(p: nn.Parameter) -> None:
+    """From outside of torch, as another process that shares the memory would."""
+    memory = p.detach().view(torch.int16 if p.dtype == torch.bfloat16 else torch.int32).numpy()
+    memory[:] = (p.detach() * 2).view(torch.from_numpy(memory).dtype).numpy()
+
+
+CHANGES = {
+    "SGD": step(torch.optim.SGD),
+    "AdamW": step(torch.optim.AdamW),
+    "AdamW foreach": step(torch.optim.AdamW, foreach=True),
+    "AdamW fused": step(torch.optim.AdamW, fused=True),
+    "copy_": in_place(lambda p: p.copy_(p * 2)),
+    "mul_": in_place(lambda p: p.mul_(2)),
+    "mul_ in inference mode": in_place(lambda p: p.mul_(2), torch.inference_mode),
+    "fill one value": in_place(lambda p: p.view(-1)[:1].fill_(50.0)),
+    "data = new": in_place(_replace_data),
+    "data.mul_": in_place(_double_data),
+    "data.mul_ with gradients": in_place(_double_data, torch.enable_grad),
+    "outside of torch": in_place(_double_memory),
+    "load_state_dict": lambda pair: pair.load_state_dict(Pair(6, pair.up.dtype).state_dict()),
+    "load_state_dict assigns": lambda pair: pair.load_state_dict(
+        Pair(6, pair.up.dtype).state_dict(), assign=True
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_weights_is_seen(randn, dtype, change, mode):
+    for rows in T:
+        pair, x = Pair(0, dtype), randn(rows, D).to(dtype)
+        before = [answers(pair, mode, x) for _ in range(4)]
+        for again in before:
+            assert_same_bits(again, answers(fresh(pair), mode, x))
+        CHANGES[change](pair)
+        for _ in range(4):
+            after = answers(pair, mode, x)
+            assert_same_bits(after, answers(fresh(pair), mode, x))
+        assert not torch.equal(after[0], before[0][0])
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_a_change_in_one_mode_is_seen_in_another(randn, dtype, mode):
+    """A forward pass under gradients, a step, and an evaluation, again and again."""
+    pair = Pair(0, dtype)
+    optimiser = torch.optim.AdamW(pair.parameters(), lr=0.1)
+    for rows in 4 * T:
+        x = randn(rows, D).to(dtype)
+        want = answers(pair, "grad", x)[0]
+        assert_same_bits(answers(pair, mode, x), [want])
+        with ops.use_backend("cpp"):
+            pair(x).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        assert not torch.equal(answers(pair, mode, x)[0], want)
+        assert_same_bits(answers(pair, mode, x), answers(fresh(pair), mode, x))
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_weights_made_in_inference_mode(randn, dtype, mode):
+    """They have no version counter."""
+    with torch.inference_mode():
+        pair = Pair(0, dtype).requires_grad_(False)
+        for rows in T:
+            x = randn(rows, D).to(dtype)
+            for _ in range(4):
+                before = answers(pair, mode, x)
+                assert_same_bits(before, answers(Pair(0, dtype), mode, x))
+            pair.up.mul_(2)
+            assert_same_bits(answers(pair, mode, x), answers(fresh(pair), mode, x))
+            assert not torch.equal(answers(pair, mode, x)[0], before[0])
+            pair.up.div_(2)
+
+
+@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference_mode"])
+def test_a_weight_in_the_memory_of_one_that_is_gone(randn, dtype, mode):
+    places = set()
+    keep = [(Pair(seed, dtype), randn(rows, D).to(dtype)) for seed, rows in enumerate(T)]
+    wants = [answers(pair, mode, x) for pair, x in keep]
+    for turn in range(5):
+        for seed, (_, x) in enumerate(keep):
+            pair = Pair(seed, dtype)
+            places.add(pair.down_t.data_ptr())
+            for _ in range(3):
+                assert_same_bits(answers(pair, mode, x), wants[seed])
+            del pair
+        assert len(places) < (turn + 1) * len(keep) or turn == 0  # memory did come back
+
+
+def test_many_weights_in_turn(randn, dtype):
+    """More than anyone would keep packed."""
+    x = randn(7, D).to(dtype)
+    pairs = [Pair(seed, dtype) for seed in range(40)]
+    wants = [answers(fresh(pair), "no_grad", x) for pair in pairs]
+    for _ in range(3):
+        for pair, want in zip(pairs, wants, strict=True):
+            assert_same_bits(answers(pair, "no_grad", x), want)
+
+
+def test_one_memory_as_many_weights(randn, dtype):
+    """Prefixes, suffixes, other shapes, another type, both kinds of product."""
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    memory = torch.randint(0x3C00, 0x4000, (K * D * dtype.itemsize // 2,), dtype=torch.int16)
+    memory = memory.view(dtype)  # as pairs of bytes in both types: positive, neither large nor NaN
+    whole = memory.view(K, D)
+    weights = {
+        "whole": whole,
+        "first rows": whole[:65],
+        "other rows": whole[65:],
+        "first columns": whole[:, :64],
+        "every other row": whole[::2],
+        "another shape": memory.view(K // 2, 2 * D),
+        "transposed": memory.view(D, K).t(),
+        "another type": memory.view(other).view(65, -1),
+    }
+    for _, rows, (name, weight) in itertools.product(range(3), (1, 40), weights.items()):
+        for op, width in ((ops.expand, weight.shape[1]), (ops.contract, weight.shape[0])):
+            x = randn(rows, width).to(weight.dtype)
+            bias = torch.zeros(sum(weight.shape) - width, dtype=weight.dtype)
+            copied = weight.clone(memory_format=torch.contiguous_format)
+            for extent in (len(weight), len(weight) // 2, 1, len(weight)):
+                got, want = (on_cpp(op)(x, w, bias, extent) for w in (weight, copied))
+                assert torch.equal(got, want), (name, op.__name__, extent)
+
+
+def test_extents_in_any_order_on_one_weight(randn, dtype):
+    """What a narrow call packed must not serve a wide one."""
+    pair = Pair(0, dtype)
+    stairs = [((K, 64, 1), (3, 20, 17)), ((1, K), (39, 1)), ((65, 3), (0, 40))]
+    for extent, rows in [*((k, None) for k in (1, 129, 64, K, 65, 1, K)), *stairs, (K, None)]:
+        for grad in (False, True):
+            x = randn(40, D).to(dtype)
+            with torch.set_grad_enabled(grad), ops.use_backend("cpp"):
+                got, want = pair(x, extent, rows), fresh(pair)(x, extent, rows)
+            assert_same_bits([got], [want])
+
+
+@pytest.mark.parametrize("settings", [{}, {"fused": True}], ids=["AdamW", "AdamW fused"])
+def test_training_has_the_same_bits_for_any_number_of_threads(make_model, batch, settings):
+    """Of the encoder: torch's own linear layers, the pooler and the head, differ."""
+
+    def train(count):
+        torch.manual_seed(0)
+        model = make_model(base=True, **SIZES).train()
+        optimiser = torch.optim.AdamW(model.parameters(), lr=0.01, **settings)
+        states = []
+
+        def encode(model):
+            return model(**batch, subnet=subnet, unpack=False).last_hidden_state
+
+        with threads(count):
+            for i in range(5):
+                subnet = Subnet.from_multipliers(model.config, (1.0, 0.67, 0.34)[i % 3])
+                states.append(encode(model).detach())
+                teacher = torch.linspace(-1, 1, states[-1].numel()).view_as(states[-1])
+                ops.hidden_mse(encode(model), teacher).backward()
+                optimiser.step()
+                optimiser.zero_grad()
+                with torch.inference_mode():
+                    model.eval()
+                    states.append(encode(model))
+                    assert_same_bits(states[-1:], [encode(copy.deepcopy(model))])
+                    model.train()
+        assert all(not torch.equal(a, b) for a, b in itertools.combinations(states, 2))
+        return [*states, *(p.detach() for p in model.parameters())]
+
+    want = train(1)
+    assert_same_bits(train(2), want)
+    assert_same_bits(train(3), want)

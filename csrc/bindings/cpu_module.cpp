@@ -153,12 +153,34 @@ View view_of(const Address& address) {
   return {reinterpret_cast<char*>(std::get<0>(address)), std::get<1>(address)};
 }
 
+/// Of packed weights: their address, and bytes between panels.
+Panels panels_of(const Address& address) {
+  return {reinterpret_cast<const char*>(std::get<0>(address)), std::get<1>(address)};
+}
+
 const char* pointer(uintptr_t address) { return reinterpret_cast<const char*>(address); }
 
 std::vector<Block> blocks_of(const std::vector<int>& extents, const std::vector<int64_t>& rows) {
   std::vector<Block> blocks;
   for (size_t i = 0; i < extents.size(); ++i) blocks.push_back({rows[i], extents[i]});
   return blocks;
+}
+
+/// A hash of some of the values of a matrix whose rows are `row_bytes` long and `stride` bytes apart.
+uint64_t fingerprint(uintptr_t address, int64_t stride, int64_t rows, int64_t row_bytes) {
+  constexpr int64_t kSamples = 64;
+  const int64_t words = row_bytes / 4, count = rows * words;
+  uint64_t hash = 0;
+  for (int64_t i = 0; i < kSamples && count; ++i) {
+    // Spread over the matrix, in other columns each time.
+    const int64_t at = (i * 2 + 1) * (count / (2 * kSamples)) + i * 37;
+    const int64_t row = at / words % rows, word = at % words;
+    uint32_t value;
+    std::memcpy(&value, reinterpret_cast<const char*>(address) + row * stride + word * 4, 4);
+    hash = (hash ^ value) * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 29;
+  }
+  return hash;
 }
 
 DType tensor_type(bool bf16) { return bf16 ? DType::kBf16 : DType::kF32; }
@@ -174,20 +196,32 @@ void bind_ops(py::module_& m) {
            }),
            py::arg("threads"), py::arg("isa"), py::arg("parallel"))
       .def(
+          "pack",
+          [](Ops& ops, bool bf16, Address weight, int rows, int columns, bool contracts, uintptr_t to) {
+            ops.pack(tensor_type(bf16), view_of(weight), rows, columns, contracts,
+                     reinterpret_cast<char*>(to));
+          },
+          release)
+      .def_static("packed_bytes",
+                  [](bool bf16, int rows, int columns, bool contracts) {
+                    return Ops::packed_bytes(tensor_type(bf16), rows, columns, contracts);
+                  })
+      .def_static("fingerprint", &fingerprint)
+      .def(
           "expand",
           [](Ops& ops, bool bf16, Address x, Address weight, uintptr_t bias, int depth, Extents extents,
-             Rows rows, int activation, Address out, Address pre) {
+             Rows rows, int activation, Address out, Address pre, Address panels) {
             ops.expand(tensor_type(bf16), view_of(x), view_of(weight), pointer(bias), depth,
                        blocks_of(extents, rows), static_cast<Activation>(activation), view_of(out),
-                       view_of(pre));
+                       view_of(pre), panels_of(panels));
           },
           release)
       .def(
           "contract",
           [](Ops& ops, bool bf16, Address x, Address weight_t, uintptr_t bias, int columns, Extents extents,
-             Rows rows, Address out) {
+             Rows rows, Address out, Address panels) {
             ops.contract(tensor_type(bf16), view_of(x), view_of(weight_t), pointer(bias), columns,
-                         blocks_of(extents, rows), view_of(out));
+                         blocks_of(extents, rows), view_of(out), panels_of(panels));
           },
           release)
       .def(
@@ -294,6 +328,23 @@ void bind_ops(py::module_& m) {
           [](Ops& ops, bool bf16, Address grad, uintptr_t ids, int64_t rows, uintptr_t table, int columns) {
             ops.scatter(tensor_type(bf16), view_of(grad), reinterpret_cast<const int64_t*>(ids), rows,
                         reinterpret_cast<char*>(table), columns);
+          },
+          release)
+      .def(
+          "loss",
+          [](Ops& ops, bool bf16, bool cross_entropy, int columns, Address student, Address teacher,
+             int64_t rows) {
+            return ops.loss(
+                {tensor_type(bf16), cross_entropy, columns, view_of(student), view_of(teacher), {}, 0}, rows);
+          },
+          release)
+      .def(
+          "loss_backward",
+          [](Ops& ops, bool bf16, bool cross_entropy, int columns, Address student, Address teacher,
+             Address out, float scale, int64_t rows) {
+            ops.loss_backward({tensor_type(bf16), cross_entropy, columns, view_of(student), view_of(teacher),
+                               view_of(out), scale},
+                              rows);
           },
           release)
       .def(

@@ -83,6 +83,7 @@ struct ProductTask {
   int64_t pre_stride;
   int column;  // of C, the panel's first
   Activation activation;
+  const char* next;  // a panel of the same size that is fetched meanwhile; null for none
 };
 
 /// out = grad * activation'(pre)
@@ -134,6 +135,16 @@ struct NormOp {
   const int64_t* ids[3];  // [T] each
 };
 
+/// Compares logits or hidden states: rows of `columns` values. `out` (backward only) gets the gradient of the
+/// student times `scale`.
+struct LossOp {
+  DType dtype;
+  bool cross_entropy;  // -sum softmax(teacher) log_softmax(student); else sum (student - teacher)^2
+  int columns;
+  View student, teacher, out;
+  float scale;
+};
+
 /// Queries that backward handles at a time: what it keeps of P and dS is this many rows.
 constexpr int kQueryBlock = 96;
 
@@ -180,6 +191,9 @@ struct Kernels {
   /// table[ids[r], c] += grad[r, c] for all rows in order and columns [begin, end).
   void (*scatter)(DType, const char* grad, int64_t stride, const int64_t* ids, int64_t rows, char* table,
                   int64_t columns, int begin, int end);
+  /// The sum over rows [begin, end).
+  double (*loss)(const LossOp&, int64_t begin, int64_t end);
+  void (*loss_backward)(const LossOp&, int64_t begin, int64_t end);
 };
 
 /// Bytes of scratch that `attention` needs for a sequence of that length.

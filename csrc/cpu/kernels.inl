@@ -132,6 +132,17 @@ struct Start {
   int from = 0, to = 0;
 };
 
+/// Tile t of `count` fetches its part of the panel at `next`, unless that is null: some lines of each row.
+template <class Acc>
+INLINE void share_fetching(Start<Acc>& start, const char* next, int t, int count) {
+  constexpr int lines = kPanelRowBytes / 64;
+  const int sharers = count < lines ? count : lines;
+  if (!next || t >= sharers) return;
+  start.next = next;
+  start.from = lines * t / sharers;
+  start.to = lines * (t + 1) / sharers;
+}
+
 // out[MR rows, out_stride vectors apart][NV] = start + A[MR, words] x B[words, NV vectors]. Every output
 // sums its K terms in one order, whatever MR and NV are: a result does not depend on its neighbours.
 template <class Dot, int MR, int NV>
@@ -198,23 +209,23 @@ __attribute__((noinline)) void multiply(int rows, const char* a, int64_t stride,
 
 // ---- activations ----
 
-/// max(x, 0) - |x| Q(|x|), where Q is the normal tail: the second term is a polynomial in |x| fitted on
-/// [0, c] for the least largest error, and nothing beyond. Errors below 1.5e-5 and 6e-7.
+/// max(x, 0) - |x| Q(|x|), where Q is the normal tail: a polynomial fitted on [0, c], constant beyond. What
+/// it is off by is weighted with |x| from 3 (0.5) on and is small beside Q below, so that small x keep their
+/// digits: errors below 1.5e-5 |and 1e-4 x|, and 6e-7 |and 7e-7 x|.
 template <bool precise>
 INLINE F32 gelu(F32 x) {
   constexpr float c = precise ? 5.5f : 4.5f;
-  const F32 s = min(broadcast(c), abs(x)) * (2 / c) - 1.f;
-  constexpr float low[] = {0.0274971332f, -0.133039504f, 0.246592388f,  -0.147215813f,
-                           -0.202968270f, 0.434781402f,  -0.204907268f, -0.176315054f,
-                           0.176380441f,  0.0217825044f, -0.0425867960f};
-  constexpr float high[] = {0.00819438044f,   -0.0605777502f, 0.191261902f,  -0.308689773f,  0.178981051f,
-                            0.260516167f,     -0.628607810f,  0.459222764f,  0.152560651f,   -0.544098735f,
-                            0.269596308f,     0.230840668f,   -0.253705531f, -0.0364080369f, 0.0968959481f,
-                            -0.000805350312f, -0.0151768196f};
-  F32 p = broadcast(precise ? high[16] : low[10]);
-#pragma GCC unroll 16
-  for (int i = precise ? 15 : 9; i >= 0; --i) p = p * s + (precise ? high[i] : low[i]);
-  return max(F32{}, x) - p;
+  constexpr float low[] = {0.0122211389f, -0.0713438466f, 0.180923596f,  -0.246457368f, 0.156451643f,
+                           0.0372457132f, -0.129077181f,  0.0500025898f, 0.0294686798f, -0.0194349028f};
+  constexpr float high[] = {0.00297971582f, -0.0250081979f, 0.0945634842f,  -0.206804305f,
+                            0.271789134f,   -0.177163064f,  -0.0506843664f, 0.218165264f,
+                            -0.165474176f,  -0.0335356854f, 0.137380496f,   -0.0519714691f,
+                            -0.0470546521f, 0.0328606144f,  0.00650030421f, -0.00654311106f};
+  const F32 a = min(broadcast(c), abs(x)), s = a * (2 / c) - 1.f;
+  F32 p = broadcast(precise ? high[15] : low[9]);
+#pragma GCC unroll 15
+  for (int i = precise ? 14 : 8; i >= 0; --i) p = p * s + (precise ? high[i] : low[i]);
+  return max(F32{}, x) - a * p;
 }
 
 INLINE F32 gelu_tanh(F32 x) {
@@ -297,7 +308,6 @@ void linear_panel(const LinearTask& task, const Tile* tiles, int count, int pane
   const Matrix& m = *task.matrix;
   const char* b = m.panels + panel * m.panel_bytes;
   const int column = panel * kPanelColumns;
-  constexpr int lines = kPanelRowBytes / 64;
   Acc acc[kTileRows * kPanelVectors];
   for (int t = 0; t < count; ++t) {
     const Tile& tile = tiles[t];
@@ -311,12 +321,7 @@ void linear_panel(const LinearTask& task, const Tile* tiles, int count, int pane
     else if constexpr (!Dot::kCompensates)
       start.first = reinterpret_cast<const Acc*>(
           m.compensation + ((rows + m.block - 1) / m.block - 1) * int64_t{m.padded_columns()} + column);
-    if (next && t < lines) {  // the tiles share the lines of a row: the last fetches the rest
-      start.next = next;
-      const int sharers = count < lines ? count : lines;
-      start.from = lines * t / sharers;
-      start.to = lines * (t + 1) / sharers;
-    }
+    share_fetching(start, next, t, count);
     multiply<Dot>(tile.rows, task.input.data + tile.row * task.input.stride, task.input.stride, b, words,
                   active, start, acc, kPanelVectors);
     finish<dtype, activation, bf16>(task, acc, tile, column, active);
@@ -732,6 +737,8 @@ void attention(const AttentionTask& task, int head, int begin, int end, int quer
 
 #include "norms.inl"
 
+#include "losses.inl"
+
 // ---- the peak of the register block ----
 
 template <class Dot>
@@ -778,7 +785,9 @@ const Kernels& kernels() {
                                 norm_op,
                                 norm_backward_op,
                                 narrow,
-                                scatter};
+                                scatter,
+                                loss,
+                                loss_backward};
   return table;
 }
 

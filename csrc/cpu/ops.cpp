@@ -44,6 +44,9 @@ std::vector<ProductTile> tiles_of(const std::vector<Block>& blocks, Words words,
   return tiles;
 }
 
+/// What a loss is the mean of.
+int64_t terms(const LossOp& task, int64_t rows) { return task.cross_entropy ? rows : rows * task.columns; }
+
 /// A bias as float32, zero up to whole panels.
 const float* float_bias(DType dtype, const char* bias, int count, Buffer& buffer) {
   if (!bias) return nullptr;
@@ -82,6 +85,7 @@ void Ops::run(const std::function<void(int)>& work) {
 /// Deals units out in stretches, then lets threads that are done help: work(unit, thread).
 template <class Work>
 void Ops::deal(int64_t count, Work&& work) {
+  if (count <= 1) return count ? work(0, 0) : void();
   const int threads = threads_;
   std::vector<std::atomic<int64_t>> counters(threads);
   run([&](int thread) {
@@ -94,8 +98,61 @@ void Ops::deal(int64_t count, Work&& work) {
   });
 }
 
+template <class PackPanel>
+void Ops::multiply(ProductTask task, int columns, int words, const float* bias,
+                   const std::vector<ProductTile>& tiles, Panels panels, PackPanel&& pack_panel) {
+  const int64_t panel_count = (columns + kPanelColumns - 1) / kPanelColumns;
+  const int64_t count = static_cast<int64_t>(tiles.size());
+  const int64_t chunks = std::min((kUnitsPerThread * threads_ + panel_count - 1) / panel_count, count);
+  if (!panels.data)
+    for (Buffer& b : scratch_) b.reserve(words * int64_t{kPanelRowBytes});
+  std::vector<int64_t> packed(threads_, -1);  // the panel that each thread's scratch holds
+  deal(panel_count * chunks, [&](int64_t unit, int thread) {
+    const int64_t panel = unit / chunks, chunk = unit % chunks;
+    ProductTask mine = task;
+    mine.column = static_cast<int>(panel * kPanelColumns);
+    mine.bias = bias ? bias + mine.column : nullptr;
+    if (panels.data) {
+      mine.panel = panels.data + panel * panels.bytes;
+      if (chunk == chunks - 1 && panel + 1 < panel_count) mine.next = mine.panel + panels.bytes;
+    } else {
+      char* scratch = scratch_[thread].data();
+      mine.panel = scratch;
+      if (packed[thread] != panel)
+        pack_panel(mine.column, std::min(columns - mine.column, kPanelColumns), scratch);
+      packed[thread] = panel;
+    }
+    const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
+    kernels_.product(mine, tiles.data() + first, static_cast<int>(last - first));
+  });
+}
+
+int64_t Ops::packed_bytes(DType dtype, int rows, int columns, bool contracts) {
+  const int depth = contracts ? rows : columns, across = contracts ? columns : rows, group = group_of(dtype);
+  return int64_t{(across + kPanelColumns - 1) / kPanelColumns} * ((depth + group - 1) / group) *
+         kPanelRowBytes;
+}
+
+void Ops::pack(DType dtype, View weight, int rows, int columns, bool contracts, char* to) {
+  std::lock_guard<std::mutex> lock(turn_);
+  const int across = contracts ? columns : rows;
+  const int64_t element = element_of(dtype), panels = (across + kPanelColumns - 1) / kPanelColumns;
+  if (!rows || !columns) return;
+  const int64_t bytes = packed_bytes(dtype, rows, columns, contracts) / panels;
+  deal(panels, [&](int64_t panel, int) {
+    const int first = static_cast<int>(panel * kPanelColumns),
+              count = std::min(across - first, kPanelColumns);
+    if (contracts)
+      kernels_.panel_from_rows(dtype, weight.data + first * element, weight.stride * element, rows, count,
+                               to + panel * bytes);
+    else
+      kernels_.panel_from_columns(dtype, weight.data + first * weight.stride * element,
+                                  weight.stride * element, columns, count, to + panel * bytes);
+  });
+}
+
 void Ops::expand(DType dtype, View x, View weight, const char* bias, int depth,
-                 const std::vector<Block>& blocks, Activation activation, View out, View pre) {
+                 const std::vector<Block>& blocks, Activation activation, View out, View pre, Panels panels) {
   std::lock_guard<std::mutex> lock(turn_);
   const int64_t element = element_of(dtype), rows = total_rows(blocks);
   const int group = group_of(dtype), columns = largest(blocks), words = (depth + group - 1) / group;
@@ -113,32 +170,16 @@ void Ops::expand(DType dtype, View x, View weight, const char* bias, int depth,
   }
   const auto tiles =
       tiles_of(blocks, [&](const Block&) { return words; }, [](const Block& b) { return b.extent; });
-  const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns,
-                count = static_cast<int64_t>(tiles.size());
-  const int64_t chunks = std::min((kUnitsPerThread * threads_ + panels - 1) / panels, count);
-  for (Buffer& b : scratch_) b.reserve(words * int64_t{kPanelRowBytes});
-  std::vector<int64_t> packed(threads_, -1);  // the panel that each thread's scratch holds
-  deal(panels * chunks, [&](int64_t unit, int thread) {
-    const int64_t panel = unit / chunks, chunk = unit % chunks;
-    const int column = static_cast<int>(panel * kPanelColumns);
-    char* scratch = scratch_[thread].data();
-    if (packed[thread] != panel) {
-      kernels_.panel_from_columns(dtype, weight.data + column * weight.stride * element,
-                                  weight.stride * element, depth, std::min(columns - column, kPanelColumns),
-                                  scratch);
-      packed[thread] = panel;
-    }
-    const ProductTask task{
-        dtype,     a,          a_stride, scratch,    wide_bias ? wide_bias + column : nullptr,
-        out.data,  out.stride, pre.data, pre.stride, column,
-        activation};
-    const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
-    kernels_.product(task, tiles.data() + first, static_cast<int>(last - first));
-  });
+  multiply({dtype, a, a_stride, nullptr, nullptr, out.data, out.stride, pre.data, pre.stride, 0, activation,
+            nullptr},
+           columns, words, wide_bias, tiles, panels, [&](int column, int count, char* to) {
+             kernels_.panel_from_columns(dtype, weight.data + column * weight.stride * element,
+                                         weight.stride * element, depth, count, to);
+           });
 }
 
 void Ops::contract(DType dtype, View x, View weight_t, const char* bias, int columns,
-                   const std::vector<Block>& blocks, View out) {
+                   const std::vector<Block>& blocks, View out, Panels panels) {
   std::lock_guard<std::mutex> lock(turn_);
   const int64_t element = element_of(dtype), rows = total_rows(blocks);
   const int group = group_of(dtype), depth = largest(blocks), words = (depth + group - 1) / group;
@@ -148,7 +189,8 @@ void Ops::contract(DType dtype, View x, View weight_t, const char* bias, int col
   int64_t a_stride = x.stride * element;
   const bool odd =
       std::any_of(blocks.begin(), blocks.end(), [&](const Block& b) { return b.extent % group; });
-  if (odd) {  // the last word of a prefix would reach beyond it
+  if (odd) {  // the last word of a prefix would reach beyond it, in x and in the weight
+    panels = {};
     a_stride = words * int64_t{kWordBytes};
     char* copy = shared_[1].reserve(rows * a_stride);
     std::memset(copy, 0, rows * a_stride);
@@ -161,34 +203,12 @@ void Ops::contract(DType dtype, View x, View weight_t, const char* bias, int col
   const auto tiles = tiles_of(
       blocks, [&](const Block& b) { return (b.extent + group - 1) / group; },
       [&](const Block&) { return columns; });
-  const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns,
-                count = static_cast<int64_t>(tiles.size());
-  const int64_t chunks = std::min((kUnitsPerThread * threads_ + panels - 1) / panels, count);
-  for (Buffer& b : scratch_) b.reserve(words * int64_t{kPanelRowBytes});
-  std::vector<int64_t> packed(threads_, -1);
-  deal(panels * chunks, [&](int64_t unit, int thread) {
-    const int64_t panel = unit / chunks, chunk = unit % chunks;
-    const int column = static_cast<int>(panel * kPanelColumns);
-    char* scratch = scratch_[thread].data();
-    if (packed[thread] != panel) {
-      kernels_.panel_from_rows(dtype, weight_t.data + column * element, weight_t.stride * element, depth,
-                               std::min(columns - column, kPanelColumns), scratch);
-      packed[thread] = panel;
-    }
-    const ProductTask task{dtype,
-                           a,
-                           a_stride,
-                           scratch,
-                           wide_bias ? wide_bias + column : nullptr,
-                           out.data,
-                           out.stride,
-                           nullptr,
-                           0,
-                           column,
-                           Activation::kNone};
-    const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
-    kernels_.product(task, tiles.data() + first, static_cast<int>(last - first));
-  });
+  multiply(
+      {dtype, a, a_stride, nullptr, nullptr, out.data, out.stride, nullptr, 0, 0, Activation::kNone, nullptr},
+      columns, words, wide_bias, tiles, panels, [&](int column, int count, char* to) {
+        kernels_.panel_from_rows(dtype, weight_t.data + column * element, weight_t.stride * element, depth,
+                                 count, to);
+      });
 }
 
 void Ops::weight_gradient(DType dtype, View left, View right, int columns, const std::vector<Block>& blocks,
@@ -244,27 +264,14 @@ void Ops::weight_gradient(DType dtype, View left, View right, int columns, const
       if (p.block.extent > first) reach = p.word + (p.block.rows + group - 1) / group;
     tiles.push_back({first, next - first, static_cast<int>(reach), columns});
   }
-  const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns;
-  const int64_t chunks = std::min((kUnitsPerThread * threads_ + panels - 1) / panels, count);
-  for (Buffer& b : scratch_) b.reserve(words * int64_t{kPanelRowBytes});
-  std::vector<int64_t> packed(threads_, -1);
-  deal(panels * chunks, [&](int64_t unit, int thread) {
-    const int64_t panel = unit / chunks, chunk = unit % chunks;
-    const int column = static_cast<int>(panel * kPanelColumns);
-    char* scratch = scratch_[thread].data();
-    if (packed[thread] != panel) {
-      for (const Part& p : parts)
-        kernels_.panel_from_rows(dtype, right.data + (p.row * right.stride + column) * element,
-                                 right.stride * element, static_cast<int>(p.block.rows),
-                                 std::min(columns - column, kPanelColumns),
-                                 scratch + p.word * kPanelRowBytes);
-      packed[thread] = panel;
-    }
-    const ProductTask task{dtype,      a,       a_stride, scratch, nullptr,          out.data,
-                           out.stride, nullptr, 0,        column,  Activation::kNone};
-    const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
-    kernels_.product(task, tiles.data() + first, static_cast<int>(last - first));
-  });
+  multiply(
+      {dtype, a, a_stride, nullptr, nullptr, out.data, out.stride, nullptr, 0, 0, Activation::kNone, nullptr},
+      columns, words, nullptr, tiles, {}, [&](int column, int count_, char* to) {
+        for (const Part& p : parts)
+          kernels_.panel_from_rows(dtype, right.data + (p.row * right.stride + column) * element,
+                                   right.stride * element, static_cast<int>(p.block.rows), count_,
+                                   to + p.word * int64_t{kPanelRowBytes});
+      });
 }
 
 void Ops::column_sums(DType dtype, View x, const std::vector<Block>& blocks, int columns, float* sums) {
@@ -348,6 +355,26 @@ void Ops::scatter(DType dtype, View grad, const int64_t* ids, int64_t rows, char
     const int begin = static_cast<int>(unit * kPanelColumns);
     kernels_.scatter(dtype, grad.data, grad.stride, ids, rows, table, columns, begin,
                      std::min(begin + kPanelColumns, columns));
+  });
+}
+
+double Ops::loss(const LossOp& task, int64_t rows) {
+  std::lock_guard<std::mutex> lock(turn_);
+  const int64_t parts = (rows + kRowsPerSum - 1) / kRowsPerSum;
+  std::vector<double> sums(parts);
+  deal(parts, [&](int64_t part, int) {
+    sums[part] = kernels_.loss(task, part * kRowsPerSum, std::min(rows, (part + 1) * kRowsPerSum));
+  });
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return total / static_cast<double>(terms(task, rows));
+}
+
+void Ops::loss_backward(LossOp task, int64_t rows) {
+  std::lock_guard<std::mutex> lock(turn_);
+  task.scale /= static_cast<float>(terms(task, rows));
+  deal((rows + kRowsPerSum - 1) / kRowsPerSum, [&](int64_t part, int) {
+    kernels_.loss_backward(task, part * kRowsPerSum, std::min(rows, (part + 1) * kRowsPerSum));
   });
 }
 

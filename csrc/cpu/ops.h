@@ -17,6 +17,12 @@ struct Block {
   int extent;
 };
 
+/// A weight that `Ops::pack` has rearranged: `bytes` a panel. Without data, panels are packed in each call.
+struct Panels {
+  const char* data = nullptr;
+  int64_t bytes = 0;
+};
+
 /// GOMP_parallel of an OpenMP runtime: runs a function on some threads and returns when all have.
 typedef void (*OpenMpParallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
@@ -33,15 +39,20 @@ class Ops {
 
   int threads() const { return threads_; }
 
+  /// The panels of weight [rows, columns], as expand reads it or as contract does (`contracts`), into
+  /// `packed_bytes` on a boundary of 64.
+  void pack(DType dtype, View weight, int rows, int columns, bool contracts, char* to);
+  static int64_t packed_bytes(DType dtype, int rows, int columns, bool contracts);
+
   /// out[r, c] = act(sum_i x[r, i] weight[c, i] + bias[c]) for c below r's extent: x [T, D], weight [K, D],
   /// bias [K] or null, out and pre (the sums; may be null) [T, >= max k].
   void expand(DType dtype, View x, View weight, const char* bias, int depth, const std::vector<Block>& blocks,
-              Activation activation, View out, View pre);
+              Activation activation, View out, View pre, Panels panels = {});
 
   /// out[r, c] = sum over i below r's extent of x[r, i] weight_t[i, c] + bias[c]: x [T, >= max k],
   /// weight_t [K, D], bias [D] or null, out [T, D].
   void contract(DType dtype, View x, View weight_t, const char* bias, int columns,
-                const std::vector<Block>& blocks, View out);
+                const std::vector<Block>& blocks, View out, Panels panels = {});
 
   /// out[i, c] = sum over rows r whose extent is above i of left[r, i] right[r, c], zero from the largest
   /// extent up to `rows`: left [T, >= max k], right [T, D], out [rows, D].
@@ -63,6 +74,11 @@ class Ops {
   /// table[ids[r]] += grad[r]: grad [T, D], table [*, D].
   void scatter(DType dtype, View grad, const int64_t* ids, int64_t rows, char* table, int columns);
 
+  /// The mean over rows (cross entropy) or over values (squared error).
+  double loss(const LossOp& task, int64_t rows);
+  /// The student's gradient; `task.scale` is the loss's, and becomes the mean's here.
+  void loss_backward(LossOp task, int64_t rows);
+
   /// out = grad * activation'(pre), up to each row's extent.
   void slope(DType dtype, Activation activation, View grad, View pre, const std::vector<Block>& blocks,
              View out);
@@ -72,6 +88,11 @@ class Ops {
   void deal(int64_t count, Work&& work);
 
   void run(const std::function<void(int)>& work);
+
+  /// The product of `task` with every panel of B, packed already or by pack_panel(column, count, to).
+  template <class PackPanel>
+  void multiply(ProductTask task, int columns, int words, const float* bias,
+                const std::vector<ProductTile>& tiles, Panels panels, PackPanel&& pack_panel);
 
   const Kernels& kernels_;
   const int threads_;

@@ -105,6 +105,7 @@ void product_of(const ProductTask& task, const ProductTile* tiles, int count) {
     const int active = left < kPanelColumns ? left : kPanelColumns;
     if (active <= 0) continue;
     Start<F32> start{reinterpret_cast<const F32*>(task.bias), nullptr};
+    share_fetching(start, task.next, t, count);
     multiply<Dot>(tile.rows, task.a + tile.row * task.a_stride, task.a_stride, task.panel, tile.words, active,
                   start, acc, kPanelVectors);
     for (int r = 0; r < tile.rows; ++r) {

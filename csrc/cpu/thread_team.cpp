@@ -6,6 +6,8 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -62,7 +64,9 @@ class ThreadTeam::Crew {
 };
 
 ThreadTeam::ThreadTeam(int size)
-    : size_(size), forks_(count_forks()), crew_(size > 1 ? std::make_unique<Crew>(size) : nullptr) {}
+    : size_(size), forks_(count_forks()), crew_(size > 1 ? std::make_unique<Crew>(size) : nullptr) {
+  if (size < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(size));
+}
 
 ThreadTeam::~ThreadTeam() {
   if (forks_ != count_forks()) crew_.release();  // its threads are not here to be waited for

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -35,6 +36,11 @@ TEST(each_thread_runs_once) {
     }
     CHECK(first_is_caller);
   }
+}
+
+TEST(a_team_has_a_thread) {
+  CHECK_REFUSES("at least 1, got 0", ThreadTeam(0));
+  CHECK_REFUSES("at least 1, got -3", ThreadTeam(-3));
 }
 
 TEST(nobody_passes_a_barrier_early) {

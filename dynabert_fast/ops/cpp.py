@@ -10,17 +10,21 @@ import contextlib
 import ctypes
 import functools
 import os
+import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from dynabert_fast.engine.native import ISA_VARIABLE, native_module
 from dynabert_fast.errors import InputError
 from dynabert_fast.ops.registry import Backend, register
 
+_PANEL_COLUMNS = 64
 _ACTIVATIONS = {"": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
@@ -62,8 +66,87 @@ def _address(x: Tensor) -> tuple[int, int]:
     return (x.data_ptr(), x.stride(0)) if x.numel() else (0, 0)
 
 
+def _statistics(rows: int) -> Tensor:
+    return torch.empty(rows, 1, dtype=torch.float32)
+
+
 def _is_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
+
+
+# --- packed weights -----------------------------------------------------------------------------
+
+#: Rows from which packing in each call costs too little to keep what it made.
+_ROWS_WORTH_KEEPING = 512
+#: Of all kept panels together; what does not fit is packed in each call.
+_KEPT_BYTES = 2**30
+
+
+class _Panels(NamedTuple):
+    """Where panels are, and bytes between two; their memory, to be held while they are used."""
+
+    address: tuple[int, int] = (0, 0)
+    memory: Tensor | None = None
+
+
+class _Kept:
+    """Panels of one weight, and which values they were packed from."""
+
+    def __init__(self, values: tuple[int, int, int]) -> None:
+        self.values = values
+        self.memory: Tensor | None = None  # from the second call with these values on
+
+
+_kept: dict[int, tuple[weakref.ref[Tensor], dict[Any, _Kept]]] = {}  # by id of the parameter
+_kept_lock = threading.RLock()  # a parameter may die, and be forgotten, while it is held
+
+
+def _views_of(owner: Tensor) -> dict[Any, _Kept]:
+    number = id(owner)
+    if number not in _kept:
+        _kept[number] = weakref.ref(owner, lambda _: _kept.pop(number, None)), {}
+    return _kept[number][1]
+
+
+def _kept_bytes() -> int:
+    views = [v for _, owned in list(_kept.values()) for v in list(owned.values())]
+    return sum(v.memory.numel() for v in views if v.memory is not None)
+
+
+def _panels(weight: Tensor, contracts: bool, rows: int) -> _Panels:
+    """A parameter's panels where they are kept.
+
+    They are packed at the second call in which the parameter has the same address, version counter
+    and values (64 of them are looked at: writes through `.data` leave the counter alone), so that a
+    training loop with one call a step does not pack what it will not use again.
+    """
+    owner = weight if weight._base is None else weight._base
+    if rows >= _ROWS_WORTH_KEEPING or not isinstance(owner, Parameter) or owner.is_inference():
+        return _Panels()
+    native, bf16, (count, columns) = _native(), _is_bf16(weight), weight.shape
+    stride, element = weight.stride(0), weight.element_size()
+    sample = native.fingerprint(weight.data_ptr(), stride * element, count, columns * element)
+    values = weight.data_ptr(), owner._version, sample
+    key = weight.storage_offset(), count, columns, stride, contracts, bf16
+    with _kept_lock:
+        views = _views_of(owner)
+        found = views.get(key)
+        if found is None or found.values != values:
+            views[key] = _Kept(values)
+            return _Panels()
+        size = native.packed_bytes(bf16, count, columns, contracts)
+        if found.memory is None:
+            if _kept_bytes() + size > _KEPT_BYTES:
+                return _Panels()
+            memory = torch.empty(size, dtype=torch.uint8)
+            native.pack(bf16, _address(weight), count, columns, contracts, memory.data_ptr())
+            found.memory = memory
+        across = columns if contracts else count
+        each = size // -(-across // _PANEL_COLUMNS)
+        return _Panels((found.memory.data_ptr(), each), found.memory)
+
+
+# --- the ops ------------------------------------------------------------------------------------
 
 
 def expand(
@@ -81,6 +164,7 @@ def expand(
     out = new(x.shape[0], max(extents))
     pre = torch.empty_like(out) if activation and keep_pre else x.new_empty(0)
     if out.numel():
+        panels = _panels(weight, False, x.shape[0])
         _native().expand(
             _is_bf16(x),
             _address(x),
@@ -92,6 +176,7 @@ def expand(
             _ACTIVATIONS[activation],
             _address(out),
             _address(pre),
+            panels.address,
         )
     if not activation:
         return out, x.new_empty(0)
@@ -130,9 +215,17 @@ def expand_backward(
     if need_x:
         grad_x = torch.empty_like(x)
         if grad_x.numel():
-            columns = x.shape[1]
+            panels = _panels(weight, True, x.shape[0])
             native.contract(
-                bf16, _address(grad), _address(weight), 0, columns, extents, rows, _address(grad_x)
+                bf16,
+                _address(grad),
+                _address(weight),
+                0,
+                x.shape[1],
+                extents,
+                rows,
+                _address(grad_x),
+                panels.address,
             )
     if need_weight:
         grad_weight = _weight_gradient(weight, grad, x, extents, rows)
@@ -172,6 +265,7 @@ def contract(
     x, weight_t, bias = _adjacent(x), _adjacent(weight_t), bias.contiguous()
     out = x.new_empty(x.shape[0], weight_t.shape[1])
     if out.numel():
+        panels = _panels(weight_t, True, x.shape[0])
         _native().contract(
             _is_bf16(x),
             _address(x),
@@ -181,6 +275,7 @@ def contract(
             extents,
             rows,
             _address(out),
+            panels.address,
         )
     return out
 
@@ -201,6 +296,7 @@ def contract_backward(
         whole = len(extents) == 1 and extents[0] == x.shape[1]
         grad_x = torch.empty_like(x) if whole else torch.zeros_like(x)
         if grad_x.numel():
+            panels = _panels(weight_t, False, x.shape[0])
             _native().expand(
                 _is_bf16(x),
                 _address(grad),
@@ -212,6 +308,7 @@ def contract_backward(
                 0,
                 _address(grad_x),
                 (0, 0),
+                panels.address,
             )
     if need_weight:
         grad_weight = _weight_gradient(weight_t, x, grad, extents, rows)
@@ -242,7 +339,7 @@ def attention(
     total, most = qkv.shape[0], max(heads)
     mixed = len(heads) > 1
     out = (qkv.new_zeros if mixed else qkv.new_empty)(total, most * head_size)
-    lse = torch.zeros(total, most) if mixed else torch.empty(total, most)
+    lse = (torch.zeros if mixed else torch.empty)(total, most, dtype=torch.float32)
     if total:
         _native().attention(
             _is_bf16(qkv),
@@ -308,7 +405,7 @@ def residual_norm(
     weight, bias = weight.contiguous(), bias.contiguous()
     rows, hidden = x.shape
     y, z = torch.empty_like(residual), torch.empty_like(residual)
-    mean, rstd = torch.empty(rows, 1), torch.empty(rows, 1)
+    mean, rstd = _statistics(rows), _statistics(rows)
     if x.numel():
         _native().norm(
             _is_bf16(x),
@@ -397,7 +494,7 @@ def embed(
     weight, bias = weight.contiguous(), bias.contiguous()
     rows, hidden = len(input_ids), word.shape[1]
     y, z = word.new_empty(rows, hidden), word.new_empty(rows, hidden)
-    mean, rstd = torch.empty(rows, 1), torch.empty(rows, 1)
+    mean, rstd = _statistics(rows), _statistics(rows)
     if y.numel():
         _native().embed(
             _is_bf16(word),
@@ -459,6 +556,63 @@ def embed_backward(
     return tables[0], tables[1], tables[2], *gradients
 
 
+def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices of one type, rows one behind the other."""
+    if teacher.dtype != student.dtype:
+        student, teacher = student.float(), teacher.float()
+    columns = student.shape[-1] if student.dim() else 1
+    return student.reshape(-1, columns).contiguous(), teacher.reshape(-1, columns).contiguous()
+
+
+def _loss(cross_entropy: bool, student: Tensor, teacher: Tensor) -> Tensor:
+    if not student.numel():
+        return torch.tensor(torch.nan, dtype=torch.float32)  # the mean of nothing, as in torch
+    student, teacher = _pair(student, teacher)
+    rows, columns = student.shape
+    call = _is_bf16(student), cross_entropy, columns, _address(student), _address(teacher), rows
+    return torch.tensor(_native().loss(*call), dtype=torch.float32)
+
+
+def _loss_backward(cross_entropy: bool, grad: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    shape, dtype = student.shape, student.dtype
+    if not student.numel():
+        return torch.empty_like(student)
+    student, teacher = _pair(student, teacher)
+    rows, columns = student.shape
+    out = torch.empty_like(student)
+    _native().loss_backward(
+        _is_bf16(student),
+        cross_entropy,
+        columns,
+        _address(student),
+        _address(teacher),
+        _address(out),
+        float(grad),
+        rows,
+    )
+    return out.view(shape).to(dtype)
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+    """As `reference.soft_cross_entropy`."""
+    return _loss(True, student, teacher)
+
+
+def soft_cross_entropy_backward(grad: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """As `reference.soft_cross_entropy_backward`."""
+    return _loss_backward(True, grad, student, teacher)
+
+
+def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """As `reference.hidden_mse`."""
+    return _loss(False, student, teacher)
+
+
+def hidden_mse_backward(grad: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """As `reference.hidden_mse_backward`."""
+    return _loss_backward(False, grad, student, teacher)
+
+
 def _why_not(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         native_module()
@@ -483,6 +637,10 @@ register(
                 residual_norm_backward,
                 embed,
                 embed_backward,
+                soft_cross_entropy,
+                soft_cross_entropy_backward,
+                hidden_mse,
+                hidden_mse_backward,
             )
         },
         devices=("cpu",),

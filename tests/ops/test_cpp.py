@@ -221,7 +221,6 @@ def embed_case(total, hidden, p=0.0, vocabulary=53):
 
 
 def loss_case(name, *shape):
-    """By whichever backend serves."""
     teacher = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(3)).double()
 
     def plain(student):
@@ -232,7 +231,7 @@ def loss_case(name, *shape):
         return F.cross_entropy(student, target.softmax(-1))
 
     op = getattr(ops, name)
-    return Case(lambda student: op(student, teacher.to(student.dtype)), plain, (shape,))
+    return Case(on_cpp(lambda student: op(student, teacher.to(student.dtype))), plain, (shape,))
 
 
 def table(make, sizes, **choices):
@@ -272,7 +271,7 @@ ATTENTION = [
 LOSSES = [
     (name, *shape)
     for name in ("soft_cross_entropy", "hidden_mse")
-    for shape in ((1, 1), (37, 130), (200, 3))
+    for shape in ((1, 1), (37, 130), (200, 3), (5, 3000), (2000, 67))
 ]
 CASES = {
     **table(expand_case, PRODUCTS, activation=ACTIVATIONS),
@@ -294,8 +293,8 @@ FEW = {
     "attention staircase": partial(attention_case, (130, 1, 65), 17, 3, (3, 1), (1, 2), p=P),
     "residual_norm": partial(norm_case, 97, 67, p=P),
     "embed": partial(embed_case, 97, 67, p=P),
-    "soft_cross_entropy": partial(loss_case, "soft_cross_entropy", 97, 65),
-    "hidden_mse": partial(loss_case, "hidden_mse", 97, 67),
+    "soft_cross_entropy": partial(loss_case, "soft_cross_entropy", 2000, 65),
+    "hidden_mse": partial(loss_case, "hidden_mse", 2000, 67),
 }
 
 
@@ -409,6 +408,19 @@ def test_a_normalised_row_does_not_depend_on_its_mates(randn, dtype):
         assert_same_bits([call(x[rows], residual[rows], weight, bias, EPS)], [whole[rows]])
 
 
+@pytest.mark.parametrize("op", [ops.soft_cross_entropy, ops.hidden_mse])
+@pytest.mark.parametrize("teachers", [torch.float32, torch.bfloat16], ids=str)
+def test_a_loss_of_two_types_is_that_in_float32(randn, dtype, teachers, op):
+    student, teacher = randn(97, 65).to(dtype), randn(97, 65).to(teachers)
+    results = []
+    for s, t in ((student, teacher), (student.float(), teacher.float())):
+        leaf = s.requires_grad_()
+        loss = on_cpp(op)(leaf, t)
+        (grad,) = torch.autograd.grad(2.5 * loss, leaf)
+        results.append([loss.detach(), grad.to(dtype)])
+    assert_same_bits(*results)
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 
@@ -473,7 +485,6 @@ def test_an_incoming_gradient_may_be_a_view(dtype, name):
     assert_same_bits([out, *summed], [out, *ones])
 
 
-@pytest.mark.xfail(reason="they take torch's default type")
 def test_row_statistics_are_float32_whatever_torchs_default_is():
     """The native code writes floats: half a type's memory would overflow."""
     x, weight = torch.ones(5, 12), torch.ones(12)
@@ -814,6 +825,46 @@ def test_a_change_of_the_weights_is_seen(randn, dtype, change, mode):
         assert not torch.equal(after[0], before[0][0])
 
 
+def _fill(p: nn.Parameter, at: int) -> None:
+    with torch.no_grad():
+        p.view(-1)[at] = 50.0
+
+
+def _fill_data(p: nn.Parameter, at: int) -> None:
+    p.data.view(-1)[at] = 50.0
+
+
+def _step_fused(p: nn.Parameter, at: int) -> None:
+    """The Trainer's default optimiser, which leaves the version counter alone."""
+    p.grad = torch.zeros_like(p)
+    p.grad.view(-1)[at] = 1
+    torch.optim.AdamW([p], lr=50.0, weight_decay=0.0, fused=True).step()
+    p.grad = None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _fill,
+        _step_fused,
+        pytest.param(
+            _fill_data,
+            marks=pytest.mark.xfail(reason="some values are compared where torch counts nothing"),
+        ),
+    ],
+)
+def test_one_value_that_changes_is_seen(randn, dtype, change):
+    pair, x = Pair(0, dtype), randn(40, D).to(dtype)
+    for p in (pair.up, pair.down_t):
+        for at in (0, 1, p.numel() // 3, p.numel() // 2 + 1, p.numel() - 2, p.numel() - 1):
+            for _ in range(4):
+                before = answers(pair, "no_grad", x)
+            change(p, at)
+            want = answers(fresh(pair), "no_grad", x)
+            assert not torch.equal(before[0], want[0])
+            assert_same_bits(answers(pair, "no_grad", x), want)
+
+
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
 def test_a_change_in_one_mode_is_seen_in_another(randn, dtype, mode):
     """A forward pass under gradients, a step, and an evaluation, again and again."""
@@ -875,8 +926,9 @@ def test_many_weights_in_turn(randn, dtype):
 def test_one_memory_as_many_weights(randn, dtype):
     """Prefixes, suffixes, other shapes, another type, both kinds of product."""
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    memory = torch.randint(0x3C00, 0x4000, (K * D * dtype.itemsize // 2,), dtype=torch.int16)
-    memory = memory.view(dtype)  # as pairs of bytes in both types: positive, neither large nor NaN
+    # In both types positive numbers, neither large nor NaN.
+    bits = torch.randint(0x3C00, 0x4000, (K * D * dtype.itemsize // 2,), dtype=torch.int16)
+    memory = nn.Parameter(bits.view(dtype), requires_grad=False)
     whole = memory.view(K, D)
     weights = {
         "whole": whole,
@@ -896,6 +948,43 @@ def test_one_memory_as_many_weights(randn, dtype):
             for extent in (len(weight), len(weight) // 2, 1, len(weight)):
                 got, want = (on_cpp(op)(x, w, bias, extent) for w in (weight, copied))
                 assert torch.equal(got, want), (name, op.__name__, extent)
+
+
+@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference_mode"])
+def test_many_rows_and_few_of_them(randn, dtype, mode):
+    """The rows of one batch, whether or not it pays to keep what was packed for it."""
+    pair, x = Pair(0, dtype), randn(600, D).to(dtype)
+    for rows in (600, 1, 600, 40, 511, 512, 513, 40, 1):
+        got = answers(pair, mode, x[:rows])
+        assert_same_bits(got, answers(fresh(pair), mode, x[:rows]))
+        if mode != "grad":
+            assert_same_bits(got, [answers(pair, mode, x)[0][:rows]])
+
+
+def test_an_instruction_set_chosen_later(randn, dtype, monkeypatch):
+    pair, x = Pair(0, dtype), randn(40, D).to(dtype)
+    for isa in 2 * isas():
+        monkeypatch.setenv(ISA_VARIABLE, isa)
+        want = answers(fresh(pair), "grad", x)
+        for _ in range(3):
+            assert_same_bits(answers(pair, "grad", x), want)
+
+
+@pytest.mark.parametrize("mode", ["grad", "no_grad"])
+def test_callers_at_once_on_new_weights(randn, dtype, mode):
+    """The first calls, where weights are packed to be kept, and changes between calls."""
+    x = randn(40, D).to(dtype)
+    wants = [answers(Pair(seed, dtype), mode, x) for seed in range(3)]
+    shared = [Pair(seed, dtype) for seed in range(3)]
+
+    def job(first: int) -> None:
+        own = Pair(first % 3, dtype)
+        for i in range(first, first + 12):
+            assert_same_bits(answers(shared[i % 3], mode, x), wants[i % 3])
+            own.load_state_dict(shared[i % 3].state_dict())
+            assert_same_bits(answers(own, mode, x), wants[i % 3])
+
+    run_at_once(*(partial(job, first) for first in range(4)))
 
 
 def test_extents_in_any_order_on_one_weight(randn, dtype):

@@ -1,9 +1,10 @@
-// The ops on ordinary tensors, through class Ops: products, sums, attention, LayerNorm, tables. Every case
+// The ops on ordinary tensors, through class Ops: products, sums, attention, LayerNorm, losses. Every case
 // runs on each instruction set, and with one thread, two and three, which must give the same bits.
 #include "../cpu/ops.h"
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <functional>
 #include <map>
 #include <memory>
@@ -249,12 +250,21 @@ struct Sum {
 
 // ---- engines ----
 
-/// Kept for the whole program: later ops find in their scratch what earlier ones left there.
 Ops& ops_of(const Kernels& kernels, int threads) {
   static std::map<std::pair<const Kernels*, int>, std::unique_ptr<Ops>> all;
   auto& ops = all[{&kernels, threads}];
   if (!ops) ops = std::make_unique<Ops>(threads, kernels, nullptr);
   return *ops;
+}
+
+/// Leaves NaN in the scratch that all threads share and in the first thread's: what is read there must have
+/// been written.
+void spoil_scratch(Ops& ops) {
+  static const Memory nan(1025 * 64 * 2), out(130 * 64 * 2);
+  const View from{nan.data(), 1025}, thin{nan.data(), 64}, to{out.data(), 64};
+  ops.contract(DType::kBf16, from, thin, nullptr, 64, {{1, 1025}}, to);
+  ops.expand(DType::kBf16, thin, thin, nullptr, 131, {{97, 1}}, Activation::kNone, to, {});
+  ops.weight_gradient(DType::kBf16, thin, thin, 1, {{97, 130}}, 130, to);
 }
 
 typedef std::vector<Tensor> Tensors;
@@ -281,6 +291,7 @@ void everywhere(const Make& make, const Call& call, const Verify& verify) {
   for (const Kernels* kernels : available_kernels()) {
     const check::Where isa(kernels->name);
     const Tensors one = make();
+    spoil_scratch(ops_of(*kernels, 1));
     call(ops_of(*kernels, 1), one);
     verify(one);
     CHECK_GOOD(stray(one));
@@ -311,12 +322,29 @@ void lead(Grid& x, Grid& weight_columns) {
 
 float scale_for(int depth) { return 1 / std::sqrt(static_cast<float>(depth)); }
 
+/// Room for the panels of a weight [rows, columns], or for nothing.
+Tensor panels_for(bool packed, DType dtype, int rows, int columns, bool contracts) {
+  const int64_t words = packed ? Ops::packed_bytes(dtype, rows, columns, contracts) / kWordBytes : 0;
+  Tensor panels(DType::kF32, 1, static_cast<int>(words));
+  panels.expect(0, static_cast<int>(words));
+  return panels;
+}
+
+/// Packs a weight into that room, if there is any.
+Panels pack_into(const Tensor& room, Ops& ops, DType dtype, const Tensor& weight, int rows, int columns,
+                 bool contracts) {
+  if (!room.columns()) return {};
+  ops.pack(dtype, weight.view(), rows, columns, contracts, room.data());
+  const int across = contracts ? columns : rows;
+  return {room.data(), int64_t{room.columns()} * kWordBytes / ((across + kPanelColumns - 1) / kPanelColumns)};
+}
+
 struct ExpandCase {
   DType dtype;
   std::vector<Block> blocks;
   int depth;
   Activation activation;
-  bool biased, keeps_pre;
+  bool biased, keeps_pre, packed;
   Space space;
 };
 
@@ -346,11 +374,12 @@ void check_expand(Random& random, const ExpandCase& c) {
         Tensor out(c.dtype, rows, widest, c.space), pre(c.dtype, rows, widest, {1, 7});
         out.expect(extents);
         if (c.keeps_pre) pre.expect(extents);
-        return tensors(std::move(out), std::move(pre));
+        return tensors(std::move(out), std::move(pre), panels_for(c.packed, c.dtype, all, c.depth, false));
       },
       [&](Ops& ops, const Tensors& to) {
+        const Panels panels = pack_into(to[2], ops, c.dtype, weight_in, all, c.depth, false);
         ops.expand(c.dtype, x_in.view(), weight_in.view(), c.biased ? bias_in.data() : nullptr, c.depth,
-                   c.blocks, c.activation, to[0].view(), c.keeps_pre ? to[1].view() : View{});
+                   c.blocks, c.activation, to[0].view(), c.keeps_pre ? to[1].view() : View{}, panels);
       },
       [&](const Tensors& got) {
         CHECK_GOOD(wrong(c.dtype, got[0], outs, extents));
@@ -360,8 +389,8 @@ void check_expand(Random& random, const ExpandCase& c) {
 
 TEST(expand) {
   Random random(31);
-  for (const Choice& choice :
-       pairs_among(kTypes, kDepths, kColumns, kRows, kStaircases, kActivations, kEither, kEither, kSpaces)) {
+  for (const Choice& choice : pairs_among(kTypes, kDepths, kColumns, kRows, kStaircases, kActivations,
+                                          kEither, kEither, kEither, kSpaces)) {
     Chosen chosen(choice);
     ExpandCase c;
     c.dtype = chosen.from(kTypes);
@@ -372,10 +401,11 @@ TEST(expand) {
     c.biased = chosen.from(kEither);
     // Without an activation the result is the sums.
     c.keeps_pre = chosen.from(kEither) && c.activation != Activation::kNone;
+    c.packed = chosen.from(kEither);
     c.space = chosen.from(kSpaces);
     const check::Where where(name_of(c.dtype) +
-                             numbers(" depth, activation, bias, pre", c.depth, static_cast<int>(c.activation),
-                                     c.biased, c.keeps_pre) +
+                             numbers(" depth, activation, bias, pre, packed", c.depth,
+                                     static_cast<int>(c.activation), c.biased, c.keeps_pre, c.packed) +
                              numbers(", space", c.space.before, c.space.between) + ", " + describe(c.blocks));
     check_expand(random, c);
   }
@@ -385,7 +415,7 @@ struct ContractCase {
   DType dtype;
   std::vector<Block> blocks;
   int columns;
-  bool biased;
+  bool biased, packed;
   Space space;
 };
 
@@ -413,19 +443,25 @@ void check_contract(Random& random, const ContractCase& c) {
       outs.set(r, n, stored(c.dtype, sum.plain), sum.truth);
     }
   const std::vector<int> whole(rows, c.columns);
-  everywhere([&] { return tensors(std::move(Tensor(c.dtype, rows, c.columns, c.space).expect(whole))); },
-             [&](Ops& ops, const Tensors& to) {
-               ops.contract(c.dtype, x_in.view(), weight_in.view(), c.biased ? bias_in.data() : nullptr,
-                            c.columns, c.blocks, to[0].view());
-             },
-             [&](const Tensors& got) { CHECK_GOOD(wrong(c.dtype, got[0], outs, whole)); });
+  everywhere(
+      [&] {
+        return tensors(std::move(Tensor(c.dtype, rows, c.columns, c.space).expect(whole)),
+                       panels_for(c.packed, c.dtype, all, c.columns, true));
+      },
+      [&](Ops& ops, const Tensors& to) {
+        const Panels panels = pack_into(to[1], ops, c.dtype, weight_in, all, c.columns, true);
+        ops.contract(c.dtype, x_in.view(), weight_in.view(), c.biased ? bias_in.data() : nullptr, c.columns,
+                     c.blocks, to[0].view(), panels);
+      },
+      [&](const Tensors& got) { CHECK_GOOD(wrong(c.dtype, got[0], outs, whole)); });
 }
 
 TEST(contract) {
   Random random(32);
   // Even extents of bf16 are read in place, odd ones (and staircases, whose middle may be odd) from a copy.
   constexpr int extents[] = {1, 2, 3, 64, 67, 128, 129, 130};
-  for (const Choice& choice : pairs_among(kTypes, extents, kColumns, kRows, kStaircases, kEither, kSpaces)) {
+  for (const Choice& choice :
+       pairs_among(kTypes, extents, kColumns, kRows, kStaircases, kEither, kEither, kSpaces)) {
     Chosen chosen(choice);
     ContractCase c;
     c.dtype = chosen.from(kTypes);
@@ -434,8 +470,10 @@ TEST(contract) {
     const int rows = chosen.from(kRows);
     c.blocks = staircase(chosen.from(kStaircases), rows, extent);
     c.biased = chosen.from(kEither);
+    c.packed = chosen.from(kEither);
     c.space = chosen.from(kSpaces);
-    const check::Where where(name_of(c.dtype) + numbers(" columns, bias", c.columns, c.biased) +
+    const check::Where where(name_of(c.dtype) +
+                             numbers(" columns, bias, packed", c.columns, c.biased, c.packed) +
                              numbers(", space", c.space.before, c.space.between) + ", " + describe(c.blocks));
     check_contract(random, c);
   }
@@ -450,7 +488,7 @@ TEST(contract_in_place_and_from_a_copy) {
         std::vector<Block>{{3, 2}, {3, 66}, {1, 65}}})
     for (const Space& space : kSpaces) {
       const check::Where where(describe(blocks) + numbers(", space", space.before, space.between));
-      check_contract(random, {DType::kBf16, blocks, 67, true, space});
+      for (bool packed : kEither) check_contract(random, {DType::kBf16, blocks, 67, true, packed, space});
     }
 }
 
@@ -459,12 +497,13 @@ TEST(an_extent_of_nothing) {
   Random random(34);
   for (DType dtype : kTypes) {
     const check::Where where(name_of(dtype));
-    check_contract(random, {dtype, {{4, 0}, {3, 5}, {2, 0}}, 17, true, {0, 0}});
-    check_contract(random, {dtype, {{7, 0}}, 17, true, {0, 0}});
+    check_contract(random, {dtype, {{4, 0}, {3, 5}, {2, 0}}, 17, true, false, {0, 0}});
+    check_contract(random, {dtype, {{7, 0}}, 17, true, false, {0, 0}});
   }
 }
 
 TEST(a_block_alone_gives_the_same_bits) {
+  // And so do panels that were packed before.
   Random random(35);
   constexpr int depth = 67, widest = 130;
   for (DType dtype : kTypes) {
@@ -479,6 +518,10 @@ TEST(a_block_alone_gives_the_same_bits) {
     for (const Kernels* kernels : available_kernels()) {
       const check::Where isa(kernels->name);
       Ops& ops = ops_of(*kernels, 2);
+      const Tensor expand_room = panels_for(true, dtype, widest, depth, false),
+                   contract_room = panels_for(true, dtype, widest, depth, true);
+      const Panels expand_panels = pack_into(expand_room, ops, dtype, weight, widest, depth, false),
+                   contract_panels = pack_into(contract_room, ops, dtype, weight, widest, depth, true);
       const Tensors together = tensors(Tensor(dtype, rows, widest), Tensor(dtype, rows, depth)),
                     alone = tensors(Tensor(dtype, rows, widest), Tensor(dtype, rows, depth));
       ops.expand(dtype, x.view(), weight.view(), bias.data(), depth, blocks, Activation::kGelu,
@@ -491,8 +534,8 @@ TEST(a_block_alone_gives_the_same_bits) {
       };
       for (const Block& b : blocks) {
         ops.expand(dtype, from(x), weight.view(), bias.data(), depth, {b}, Activation::kGelu, from(alone[0]),
-                   {});
-        ops.contract(dtype, from(wide), weight.view(), nullptr, depth, {b}, from(alone[1]));
+                   {}, expand_panels);
+        ops.contract(dtype, from(wide), weight.view(), nullptr, depth, {b}, from(alone[1]), contract_panels);
         row += b.rows;
       }
       const bool same_expand = together[0].same_bytes(alone[0]);
@@ -595,6 +638,18 @@ TEST(weight_gradient_of_many_rows) {
     for (int rows : {1024, 2048}) {
       const check::Where where(name_of(dtype) + numbers(" rows", rows));
       check_weight_gradient(random, {dtype, {{rows - 301, 7}, {301, 19}}, 18, 2, {0, 0}});
+    }
+}
+
+TEST(weight_gradient_of_blocks_that_end_inside_a_vector) {
+  // Threads write neighbouring blocks of the transpose at the same time.
+  Random random(44);
+  for (DType dtype : kTypes)
+    for (int64_t words : {3, 7, 15}) {
+      const int64_t rows = words * group_of(dtype);
+      const std::vector<Block> blocks = {{rows, 70}, {rows - 1, 130}, {rows, 129}, {2 * rows, 130}, {1, 3}};
+      const check::Where where(name_of(dtype) + (" " + describe(blocks)));
+      check_weight_gradient(random, {dtype, blocks, 17, 1, {0, 0}});
     }
 }
 
@@ -914,7 +969,7 @@ void check_attention(Random& random, const AttentionCase& c) {
 
 TEST(attention) {
   Random random(61);
-  constexpr int head_sizes[] = {1, 3, 32, 64, 67, 80};
+  constexpr int head_sizes[] = {1, 3, 32, 64, 65, 80};
   const std::vector<int> lengths[] = {{1}, {0, 7, 64, 0, 1}, {65, 0, 6, 12}, {97, 5, 1}, {0, 0}, {200, 3}};
   constexpr Staircase staircases[] = {kOne, kDown, kUp, kEqual, kEmptyBlocks, kSingleRows};
   constexpr float sharpness[] = {1, 4};
@@ -1309,6 +1364,88 @@ TEST(scatter) {
   }
 }
 
+// ---- losses ----
+
+/// A row's softmax in one type.
+template <class T>
+std::vector<T> softmax(const Grid& x, int64_t row, T* log_sum) {
+  std::vector<T> values(x.columns);
+  T top = -INFINITY, sum = 0;
+  for (int i = 0; i < x.columns; ++i) top = std::max(top, static_cast<T>(x.at(row, i)));
+  for (int i = 0; i < x.columns; ++i) sum += values[i] = std::exp(static_cast<T>(x.at(row, i)) - top);
+  for (T& v : values) v /= sum;
+  *log_sum = top + std::log(sum);
+  return values;
+}
+
+/// The loss and its gradient times `scale`, in one type.
+template <class T>
+T loss_of(bool cross_entropy, const Grid& student, const Grid& teacher, T scale, std::vector<T>& grad) {
+  const T count =
+      static_cast<T>(cross_entropy ? student.rows : student.rows * static_cast<int64_t>(student.columns));
+  T total = 0;
+  for (int64_t r = 0; r < student.rows; ++r) {
+    std::vector<T> s, t;
+    T log_sum = 0, unused;
+    if (cross_entropy) {
+      s = softmax<T>(student, r, &log_sum);
+      t = softmax<T>(teacher, r, &unused);
+    }
+    for (int i = 0; i < student.columns; ++i) {
+      const T a = static_cast<T>(student.at(r, i)), difference = a - static_cast<T>(teacher.at(r, i));
+      total += cross_entropy ? t[i] * (log_sum - a) : difference * difference;
+      grad.push_back((cross_entropy ? s[i] - t[i] : 2 * difference) * (scale / count));
+    }
+  }
+  return total / count;
+}
+
+TEST(losses) {
+  Random random(75);
+  constexpr int rows_of_losses[] = {1, 5, 64, 65, 200};
+  for (const Choice& choice : pairs_among(kTypes, kEither, kColumns, rows_of_losses, kSpaces)) {
+    Chosen chosen(choice);
+    const DType dtype = chosen.from(kTypes);
+    const bool cross_entropy = chosen.from(kEither);
+    const int columns = chosen.from(kColumns), rows = chosen.from(rows_of_losses);
+    const Space space = chosen.from(kSpaces);
+    const check::Where where(name_of(dtype) +
+                             numbers(" cross entropy, columns, rows", cross_entropy, columns, rows) +
+                             numbers(", space", space.before, space.between));
+    const Grid student = random_grid(random, dtype, rows, columns, 2),
+               teacher = random_grid(random, dtype, rows, columns, 2);
+    const Tensor student_in(dtype, student, space), teacher_in(dtype, teacher, {0, 3});
+    constexpr float scale = 0.75f;
+    Expected grads(0, columns);
+    const float plain = loss_of<float>(cross_entropy, student, teacher, scale, grads.plain);
+    const double truth = loss_of<double>(cross_entropy, student, teacher, scale, grads.truth);
+    for (float& v : grads.plain) v = stored(dtype, v);
+    const std::vector<int> whole(rows, columns);
+    const LossOp task{dtype, cross_entropy, columns, student_in.view(), teacher_in.view(), {}, 0};
+    everywhere(
+        [&] {
+          return tensors(std::move(Tensor(dtype, rows, columns, space).expect(whole)),
+                         std::move(Tensor(DType::kF32, 1, 2).expect(0, 2)));  // holds a double
+        },
+        [&](Ops& ops, const Tensors& to) {
+          const double loss = ops.loss(task, rows);
+          std::memcpy(to[1].data(), &loss, sizeof loss);
+          LossOp backward = task;
+          backward.out = to[0].view();
+          backward.scale = scale;
+          ops.loss_backward(backward, rows);
+        },
+        [&](const Tensors& got) {
+          double loss;
+          std::memcpy(&loss, got[1].data(), sizeof loss);
+          Judge judge(kFloatEps);
+          judge.add(loss, plain, truth);
+          CHECK_GOOD(judge.verdict());
+          CHECK_GOOD(wrong(dtype, got[0], grads, whole));
+        });
+  }
+}
+
 // ---- threads ----
 
 /// An OpenMP runtime that gives one thread, whatever it is asked for.
@@ -1362,9 +1499,10 @@ TEST(two_callers_at_once) {
     Ops& ops = ops_of(*kernels, 2);
     Tensors expected;
     for (int i : {0, 1}) expected.push_back(products[i].run(ops_of(*kernels, 1), kTypes[i]));
-    std::atomic<int> wrong_results{0};
+    std::atomic<int> wrong_results{0}, here{0};
     auto call = [&](int i) {
-      for (int repeat = 0; repeat < 5; ++repeat)
+      for (++here; here < 2;) std::this_thread::yield();
+      for (int repeat = 0; repeat < 20; ++repeat)
         wrong_results += !products[i].run(ops, kTypes[i]).same_bytes(expected[i]);
     };
     std::thread other(call, 1);

@@ -166,17 +166,13 @@ std::vector<Block> blocks_of(const std::vector<int>& extents, const std::vector<
   return blocks;
 }
 
-/// A hash of some of the values of a matrix whose rows are `row_bytes` long and `stride` bytes apart.
+/// A hash of one word in each row of a matrix whose rows are `row_bytes` long and `stride` bytes apart.
 uint64_t fingerprint(uintptr_t address, int64_t stride, int64_t rows, int64_t row_bytes) {
-  constexpr int64_t kSamples = 64;
-  const int64_t words = row_bytes / 4, count = rows * words;
+  const int64_t words = row_bytes / 4;
   uint64_t hash = 0;
-  for (int64_t i = 0; i < kSamples && count; ++i) {
-    // Spread over the matrix, in other columns each time.
-    const int64_t at = (i * 2 + 1) * (count / (2 * kSamples)) + i * 37;
-    const int64_t row = at / words % rows, word = at % words;
-    uint32_t value;
-    std::memcpy(&value, reinterpret_cast<const char*>(address) + row * stride + word * 4, 4);
+  for (int64_t row = 0; row < rows && words; ++row) {
+    uint32_t value;  // in another column each time
+    std::memcpy(&value, reinterpret_cast<const char*>(address) + row * stride + row * 37 % words * 4, 4);
     hash = (hash ^ value) * 0x9e3779b97f4a7c15u;
     hash ^= hash >> 29;
   }

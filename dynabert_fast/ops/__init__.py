@@ -68,7 +68,7 @@ def expand(
         `[T, max(k)]`; beyond a block's extent unspecified.
 
     Raises:
-        InputError: Shapes, extents, rows or the activation do not fit.
+        InputError: Shapes, types, extents, rows or the activation do not fit.
     """
     extents, rows = _blocks(extent, rows, x.shape[0], weight.shape[0])
     _check(
@@ -81,6 +81,7 @@ def expand(
     if activation not in ACTIVATIONS:
         raise InputError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     x, weight, bias = _autocast(x, weight, bias)
+    _check_types("expand", x, weight, bias)
     keep_pre = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
     return autograd.expand(x, weight, bias, extents, rows, activation, keep_pre)
 
@@ -105,7 +106,7 @@ def contract(
         `[T, D]`.
 
     Raises:
-        InputError: Shapes, extents or rows do not fit.
+        InputError: Shapes, types, extents or rows do not fit.
     """
     extents, rows = _blocks(extent, rows, x.shape[0], weight_t.shape[0])
     _check(
@@ -115,7 +116,9 @@ def contract(
         weight_t,
         bias,
     )
-    return autograd.contract(*_autocast(x, weight_t, bias), extents, rows)
+    x, weight_t, bias = _autocast(x, weight_t, bias)
+    _check_types("contract", x, weight_t, bias)
+    return autograd.contract(x, weight_t, bias, extents, rows)
 
 
 def attention(
@@ -179,7 +182,7 @@ def residual_norm(
         `[T, D]`.
 
     Raises:
-        InputError: Shapes or p do not fit.
+        InputError: Shapes, types or p do not fit.
     """
     _check(
         x.shape == residual.shape and weight.shape == bias.shape == x.shape[-1:],
@@ -190,6 +193,7 @@ def residual_norm(
         bias,
     )
     x = x.to(residual.dtype)
+    _check_types("residual_norm", x, weight, bias)
     return autograd.residual_norm(x, residual, weight, bias, eps, p, _seed(p, seed))
 
 
@@ -225,7 +229,8 @@ def embed(
         `[T, D]`.
 
     Raises:
-        InputError: Shapes or p do not fit. Ids out of their table are the caller's to exclude.
+        InputError: Shapes, types or p do not fit. Ids out of their table are the caller's to
+            exclude.
     """
     _check(
         input_ids.shape == token_type_ids.shape == position_ids.shape and input_ids.dim() == 1,
@@ -234,6 +239,7 @@ def embed(
         token_type_ids,
         position_ids,
     )
+    _check_types("embed", word, token_type, position, weight, bias)
     ids = (input_ids, token_type_ids, position_ids)
     return autograd.embed(*ids, word, token_type, position, weight, bias, eps, p, _seed(p, seed))
 
@@ -301,6 +307,16 @@ def _check(condition: bool, message: str, *values: object) -> None:
     if not condition:
         shown = (list(v.shape) if isinstance(v, Tensor) else v for v in values)
         raise InputError(message.format(*shown))
+
+
+def _check_types(name: str, *tensors: Tensor) -> None:
+    """One type for all: a kernel reads them as such."""
+    first = tensors[0].dtype
+    if any(t.dtype != first for t in tensors):
+        shown = ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)
+        raise InputError(
+            f"{name} needs tensors of one type, got {shown}; cast them, or use autocast"
+        )
 
 
 def _check_pair(name: str, student: Tensor, teacher: Tensor) -> None:

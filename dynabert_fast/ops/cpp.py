@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dynabert_fast.engine.native import ISA_VARIABLE, native_module
 from dynabert_fast.errors import InputError
@@ -67,7 +68,7 @@ def _address(x: Tensor) -> tuple[int, int]:
 
 
 def _statistics(rows: int) -> Tensor:
-    return torch.empty(rows, 1, dtype=torch.float32)
+    return torch.empty(rows, 1, dtype=torch.float32, device="cpu")
 
 
 def _is_bf16(x: Tensor) -> bool:
@@ -80,6 +81,16 @@ def _is_bf16(x: Tensor) -> bool:
 _ROWS_WORTH_KEEPING = 512
 #: Of all kept panels together; what does not fit is packed in each call.
 _KEPT_BYTES = 2**30
+
+
+_optimiser_steps = [0]
+
+
+def _count_step(*_: Any) -> None:
+    _optimiser_steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class _Panels(NamedTuple):
@@ -116,9 +127,10 @@ def _kept_bytes() -> int:
 def _panels(weight: Tensor, contracts: bool, rows: int) -> _Panels:
     """A parameter's panels where they are kept.
 
-    They are packed at the second call in which the parameter has the same address, version counter
-    and values (64 of them are looked at: writes through `.data` leave the counter alone), so that a
-    training loop with one call a step does not pack what it will not use again.
+    They are packed at the second call in which the parameter has the same values, so that a
+    training loop with one call a step does not pack what it will not use again. What tells that
+    values changed: the address, the version counter, the steps of all optimisers (fused ones leave
+    the counter alone), and a sample of a word from each row (so does a write through `.data`).
     """
     owner = weight if weight._base is None else weight._base
     if rows >= _ROWS_WORTH_KEEPING or not isinstance(owner, Parameter) or owner.is_inference():
@@ -126,7 +138,7 @@ def _panels(weight: Tensor, contracts: bool, rows: int) -> _Panels:
     native, bf16, (count, columns) = _native(), _is_bf16(weight), weight.shape
     stride, element = weight.stride(0), weight.element_size()
     sample = native.fingerprint(weight.data_ptr(), stride * element, count, columns * element)
-    values = weight.data_ptr(), owner._version, sample
+    values = weight.data_ptr(), owner._version + _optimiser_steps[0], sample
     key = weight.storage_offset(), count, columns, stride, contracts, bf16
     with _kept_lock:
         views = _views_of(owner)
@@ -138,7 +150,7 @@ def _panels(weight: Tensor, contracts: bool, rows: int) -> _Panels:
         if found.memory is None:
             if _kept_bytes() + size > _KEPT_BYTES:
                 return _Panels()
-            memory = torch.empty(size, dtype=torch.uint8)
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
             native.pack(bf16, _address(weight), count, columns, contracts, memory.data_ptr())
             found.memory = memory
         across = columns if contracts else count
@@ -253,7 +265,7 @@ def _weight_gradient(
 
 def _column_sums(x: Tensor, extents: Sequence[int], rows: Sequence[int], columns: int) -> Tensor:
     """`[columns]` in x's type, summed in float32."""
-    sums = torch.empty(columns, dtype=torch.float32)
+    sums = torch.empty(columns, dtype=torch.float32, device="cpu")
     _native().column_sums(_is_bf16(x), _address(x), extents, rows, columns, sums.data_ptr())
     return sums.to(x.dtype)
 
@@ -339,7 +351,7 @@ def attention(
     total, most = qkv.shape[0], max(heads)
     mixed = len(heads) > 1
     out = (qkv.new_zeros if mixed else qkv.new_empty)(total, most * head_size)
-    lse = (torch.zeros if mixed else torch.empty)(total, most, dtype=torch.float32)
+    lse = (torch.zeros if mixed else torch.empty)(total, most, dtype=torch.float32, device="cpu")
     if total:
         _native().attention(
             _is_bf16(qkv),
@@ -566,11 +578,13 @@ def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 def _loss(cross_entropy: bool, student: Tensor, teacher: Tensor) -> Tensor:
     if not student.numel():
-        return torch.tensor(torch.nan, dtype=torch.float32)  # the mean of nothing, as in torch
+        return torch.tensor(
+            torch.nan, dtype=torch.float32, device="cpu"
+        )  # the mean of nothing, as in torch
     student, teacher = _pair(student, teacher)
     rows, columns = student.shape
     call = _is_bf16(student), cross_entropy, columns, _address(student), _address(teacher), rows
-    return torch.tensor(_native().loss(*call), dtype=torch.float32)
+    return torch.tensor(_native().loss(*call), dtype=torch.float32, device="cpu")
 
 
 def _loss_backward(cross_entropy: bool, grad: Tensor, student: Tensor, teacher: Tensor) -> Tensor:

@@ -502,6 +502,37 @@ def test_row_statistics_are_float32_whatever_torchs_default_is():
     assert [t.dtype for t in statistics] == 6 * [torch.float32]
 
 
+def test_memory_is_the_cpus_whatever_torchs_default_device_is(randn):
+    x, weight, square = randn(5, 12).float(), randn(12).float(), randn(12, 12).float()
+    ids, offsets = torch.arange(5), torch.tensor([0, 2, 5])
+    with torch.device("meta"):
+        results = [
+            ops.residual_norm(x, x, weight, weight, EPS),
+            ops.embed(ids, ids, ids, x, x, x, weight, weight, EPS),
+            ops.attention(x, offsets, 3, 4, 1),
+            ops.attention(x, offsets, 3, 4, [1, 1], [1, 1]),
+            ops.hidden_mse(x, x + 1),
+            cpp.expand_backward(x, x, square, x, [12], [5], "", True, True)[2],
+        ]
+    assert all(r.device.type == "cpu" and r.isfinite().all() for r in results)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w, v: ops.expand(x, w, v.bfloat16(), 12),
+        lambda x, w, v: ops.expand(x.bfloat16(), w, v, 12),
+        lambda x, w, v: ops.contract(x, w.bfloat16(), v, 12),
+        lambda x, w, v: ops.residual_norm(x.bfloat16(), x.bfloat16(), v, v, EPS),
+        lambda x, w, v: ops.embed(*[torch.arange(5)] * 3, x, x.bfloat16(), x, v, v, EPS),
+    ],
+    ids=["expand bias", "expand x", "contract", "residual_norm", "embed"],
+)
+def test_types_that_differ_are_refused(randn, call):
+    with pytest.raises(InputError, match="one type, got .*bfloat16"):
+        call(randn(5, 12).float(), randn(12, 12).float(), randn(12).float())
+
+
 # --- callers and processes ------------------------------------------------------------------------
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import csv
 import functools
 import os
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -34,7 +33,6 @@ from dynabert_fast.models import DynaBertConfig, DynaBertModel
 from dynabert_fast.subnet import Subnet, grid
 
 from .peers import (
-    THREADS,
     Absent,
     Batch,
     Candidate,
@@ -45,16 +43,14 @@ from .peers import (
     onnx_runtime,
     openvino_cpu,
     ours,
-    peak,
     random_batch,
     reference,
     torch_compile,
     transformers_eager,
 )
+from .race import THREADS, bar, peak, race, record, row
 
 OURS = "dynabert_fast"
-# Seconds before each turn: ONNX Runtime's threads spin for 40 ms after a call, torch's for 10.
-PAUSE = 0.06
 SST2_BATCH = 32
 SST2_BATCHES = 4
 # Tokens of SST-2's development sentences: every twentieth of the 872, sorted. Drawn from where the
@@ -97,40 +93,6 @@ BF16_BARS = {"torch.compile, zentorch": 1.2, "torch.compile": 1.4, "OpenVINO": 1
 # ---- measuring ----
 
 
-def race(
-    benchmark: Any,
-    runs: Mapping[str, Callable[[], object]],
-    rounds: int,
-    calls: int = 1,
-    warm: bool = True,
-    pause: float = PAUSE,
-) -> dict[str, list[float]]:
-    """Seconds of every timed call of every run.
-
-    A turn is a pause in which the threads of others fall asleep, an untimed call that wakes one's
-    own (unless a call is too long for that to matter), and `calls` timed ones.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    order = random.Random(0)
-
-    def one_round() -> None:
-        for name in order.sample(list(runs), len(runs)):
-            run = runs[name]
-            time.sleep(pause)
-            if warm:
-                run()
-            for _ in range(calls):
-                start = time.perf_counter()
-                output = run()
-                seconds[name].append(time.perf_counter() - start)
-                del output  # not timed
-
-    # Compiled again, a peer would be another one than was checked.
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        benchmark.pedantic(one_round, rounds=rounds)
-    return seconds
-
-
 def line_up(
     makers: Iterable[Callable[[], Candidate]], batches: list[Batch]
 ) -> tuple[list[tuple[Candidate, float]], list[str]]:
@@ -149,34 +111,6 @@ def line_up(
             name = f"{candidate.name} ({candidate.dtype}): " if candidate else ""
             absent.append(name + str(error).strip().splitlines()[0])
     return present, absent
-
-
-def row(name: str, seconds: list[float], **more: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "ms": 1e3 * statistics.median(seconds),
-        "best_ms": 1e3 * min(seconds),
-        "calls": len(seconds),
-        **more,
-    }
-
-
-def bar(
-    what: str, measured: float, least: float | None = None, most: float | None = None, **more: Any
-) -> dict[str, Any]:
-    """A figure that was asked for, and what it must reach."""
-    return {"what": what, "measured": measured, "least": least, "most": most, **more}
-
-
-def record(
-    benchmark: Any,
-    case: str,
-    rows: list[dict[str, Any]],
-    bars: list[dict[str, Any]],
-    absent: Iterable[str] = (),
-) -> None:
-    reasons = list(dict.fromkeys(absent))
-    benchmark.extra_info |= {"case": case, "rows": rows, "bars": bars, "absent": reasons}
 
 
 def linear_operations(tokens: int, subnet: Subnet | None = None) -> int:

@@ -1,7 +1,6 @@
 """After the run: every row's best time, and its ratio to the baseline of its group.
 
-Cases of `bench_cpu_engine.py`, which hold several rows each, are printed and written by
-`report.py`.
+Cases of several rows, whose candidates raced, are printed and written by `report.py`.
 """
 
 from __future__ import annotations
@@ -40,16 +39,18 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def _report_cases(terminalreporter, cases):
-    from . import peers, report  # other benchmarks run without the engine's native part
+    from . import race, report  # other benchmarks run without the engine's native part
 
     terminalreporter.section("medians, and how many times ours")
+    reports = defaultdict(dict)
     for name, case in cases.items():
+        reports[case["report"]][name] = case
         terminalreporter.write_line(name)
         for line in report.lines(case):
             terminalreporter.write_line(line)
-    peaks = {dtype: peers.peak(dtype) / peers.THREADS for dtype in ("fp32", "bf16", "int8")}
-    path = report.write(cases, peers.engine("int8").isa, peers.versions(), peaks)
-    terminalreporter.write_line(f"written: {path}")
+    peaks = {dtype: race.peak(dtype) / race.THREADS for dtype in ("fp32", "bf16", "int8")}
+    for name, found in reports.items():
+        terminalreporter.write_line(f"written: {report.write(name, found, peaks)}")
 
 
 def _is_baseline(row) -> bool:

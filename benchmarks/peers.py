@@ -19,7 +19,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +27,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, BertConfig, BertModel
 
-from dynabert_fast.engine import CpuEngine, measure_peak
+from dynabert_fast.engine import CpuEngine
 from dynabert_fast.models import DynaBertConfig, DynaBertModel
 
-THREADS = 2
+from .race import THREADS
+from .report import REPORTS, versions
+
 #: Names the folder that keeps exported models from run to run; default a temporary one.
 FOLDER_VARIABLE = "DYNABERT_FAST_PEERS"
-PACKAGES = (
-    "numpy",
-    "torch",
-    "transformers",
-    "zentorch",
-    "onnx",
-    "onnxruntime",
-    "openvino",
-    "nncf",
-)
 # Loose enough for every honest engine (fp32 leaves up to 1e-5, int8 a cosine of 0.9993 on this
 # model), far from what another function or an ignored mask would give.
 LARGEST_ERROR = 5e-5
@@ -152,17 +143,6 @@ def check(candidate: Candidate, batch: Batch, want: np.ndarray) -> float:
     return similar
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that take part; absent ones are left out."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 # ---- torch ----
 
 
@@ -222,7 +202,7 @@ def _folder() -> Path:
         atexit.register(shutil.rmtree, base, ignore_errors=True)
     else:
         base = Path(named)
-    recipe = Path(__file__).read_bytes() + repr(versions()).encode()
+    recipe = Path(__file__).read_bytes() + repr(versions(REPORTS["cpu_engine"].packages)).encode()
     folder = base / hashlib.sha256(recipe).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -419,9 +399,3 @@ def ours(dtype: str) -> Candidate:
         lambda batch: packed(batch.ids, lengths=batch.lengths),
         lambda output: output.last_hidden_state,
     )
-
-
-@functools.cache
-def peak(dtype: str) -> float:
-    """Operations per second of the matrix kernel on all threads."""
-    return THREADS * max(measure_peak(dtype) for _ in range(5))

@@ -1,54 +1,98 @@
-"""What the engine benchmarks found, as text, JSON and Markdown."""
+"""What races found, as text, JSON and Markdown."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from dynabert_fast.engine import isas
 
 RESULTS = Path(__file__).parent / "results"
 CHANGED = "+changes"
 
 
-def write(
-    cases: dict[str, Any], isa: str, versions: dict[str, str], peaks: dict[str, float]
-) -> Path:
-    """Write `cpu_engine.json` and `cpu_engine.md`.
+@dataclass(frozen=True)
+class Report:
+    """A pair of files in `results/`.
+
+    Attributes:
+        title: Heading.
+        source: Benchmark that writes it.
+        packages: Whose versions it states.
+    """
+
+    title: str
+    source: str
+    packages: tuple[str, ...]
+
+
+REPORTS = {
+    "cpu_engine": Report(
+        "The CPU engine against its peers",
+        "bench_cpu_engine.py",
+        ("numpy", "torch", "transformers", "zentorch", "onnx", "onnxruntime", "openvino", "nncf"),
+    ),
+    "cpu_ops": Report(
+        "The ops in C++ against plain torch", "bench_ops.py", ("torch", "transformers")
+    ),
+}
+
+
+def write(name: str, cases: dict[str, Any], peaks: dict[str, float]) -> Path:
+    """Write `<name>.json` and `<name>.md`.
 
     Cases measured earlier stay in the files if machine, versions and commit are the same, and
     nothing has changed since that commit.
 
     Args:
+        name: Of `REPORTS`.
         cases: What each case recorded.
-        isa: Instruction set of the engine.
-        versions: Of the packages that took part.
         peaks: Operations per second of one thread, for each type.
     """
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "cpu_engine.json"
-    head = {"machine": _machine(isa), "versions": versions, "commit": _commit()}
+    path = RESULTS / f"{name}.json"
+    head = {
+        "machine": _machine(isas()[0]),
+        "versions": versions(REPORTS[name].packages),
+        "commit": _commit(),
+    }
     if path.exists():
         old = json.loads(path.read_text())
-        if {name: old.get(name) for name in head} == head and CHANGED not in head["commit"]:
+        if {key: old.get(key) for key in head} == head and CHANGED not in head["commit"]:
             cases = old["cases"] | cases
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     rates = {dtype: round(p / 1e9) for dtype, p in peaks.items()}
     found = head | {"date": date, "gops_per_thread": rates, "cases": cases}
     path.write_text(json.dumps(found, indent=1) + "\n")
-    path.with_suffix(".md").write_text("\n".join(_markdown(found)) + "\n")
+    path.with_suffix(".md").write_text("\n".join(_markdown(REPORTS[name], found)) + "\n")
     return path.with_suffix(".md")
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def lines(case: dict[str, Any]) -> Iterator[str]:
     """One case for the terminal."""
     for row in case["rows"]:
-        yield f"  {_label(row):<32s} {row['ms']:10.3f} ms" + (
-            f"  x{row['ratio']:5.2f}" if "ratio" in row else ""
+        yield (
+            f"  {_label(row):<32s} {row['ms']:10.3f} ms"
+            + (f"  x{row['ratio']:5.2f}" if "ratio" in row else "")
+            + (f"  {row['share']:.0%} of peak" if "share" in row else "")
         )
     for bar in case["bars"]:
         yield f"  {bar['what']}: {_measured(bar)}"
@@ -71,12 +115,12 @@ def _machine(isa: str) -> dict[str, Any]:
     }
 
 
-def _markdown(found: dict[str, Any]) -> Iterator[str]:
+def _markdown(report: Report, found: dict[str, Any]) -> Iterator[str]:
     machine = found["machine"]
     peaks = ", ".join(f"{d} {p:g}" for d, p in found["gops_per_thread"].items())
-    yield "# The CPU engine against its peers"
+    yield f"# {report.title}"
     yield ""
-    yield "Written by `benchmarks/bench_cpu_engine.py`, which says what is measured and how."
+    yield f"Written by `benchmarks/{report.source}`, which says what is measured and how."
     yield ""
     yield f"- {machine['processor']}, {machine['cores']} cores, instruction set {machine['isa']}"
     yield f"- peak of the matrix kernel, GOP/s a thread: {peaks}"
@@ -96,17 +140,25 @@ def _markdown(found: dict[str, Any]) -> Iterator[str]:
             )
     for name, case in found["cases"].items():
         ratios = any("ratio" in row for row in case["rows"])
+        shares = any("share" in row for row in case["rows"])
         cosines = any("cosine" in row for row in case["rows"])
         yield ""
         yield f"## {name}"
         yield ""
-        yield "| | median ms | best ms |" + " times ours |" * ratios + " cosine |" * cosines
-        yield "|---|---|---|" + "---|" * (ratios + cosines)
+        yield (
+            "| | median ms | best ms |"
+            + " times ours |" * ratios
+            + " of peak |" * shares
+            + " cosine |" * cosines
+        )
+        yield "|---|---|---|" + "---|" * (ratios + shares + cosines)
         for row in case["rows"]:
             best = f"{row['best_ms']:.3f}" if "best_ms" in row else ""
             cells = [_label(row), f"{row['ms']:.3f}", best]
             if ratios:
                 cells.append(f"{row['ratio']:.2f}" if "ratio" in row else "")
+            if shares:
+                cells.append(f"{row['share']:.0%}" if "share" in row else "")
             if cosines:
                 cells.append(f"{row['cosine']:.5f}" if "cosine" in row else "")
             yield "| " + " | ".join(cells) + " |"

@@ -223,9 +223,10 @@ void bind_ops(py::module_& m) {
       .def(
           "weight_gradient",
           [](Ops& ops, bool bf16, Address left, Address right, int columns, Extents extents, Rows rows,
-             int weight_rows, Address out) {
+             int weight_rows, Address out, uintptr_t sums) {
             ops.weight_gradient(tensor_type(bf16), view_of(left), view_of(right), columns,
-                                blocks_of(extents, rows), weight_rows, view_of(out));
+                                blocks_of(extents, rows), weight_rows, view_of(out),
+                                reinterpret_cast<float*>(sums));
           },
           release)
       .def(

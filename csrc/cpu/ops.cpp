@@ -10,7 +10,8 @@ namespace {
 // Units of work a thread, so that none waits long for another at the end.
 constexpr int kUnitsPerThread = 4;
 constexpr int kRowsPerUnit = 16;
-constexpr int kRowsPerSum = 64;  // of LayerNorm's weight gradient
+constexpr int kStripColumns = 32;  // transposed at a time: a cache line of bf16
+constexpr int kRowsPerSum = 64;    // of LayerNorm's weight gradient
 
 int64_t element_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
@@ -212,10 +213,11 @@ void Ops::contract(DType dtype, View x, View weight_t, const char* bias, int col
 }
 
 void Ops::weight_gradient(DType dtype, View left, View right, int columns, const std::vector<Block>& blocks,
-                          int rows, View out) {
+                          int rows, View out, float* sums) {
   std::lock_guard<std::mutex> lock(turn_);
   const int64_t element = element_of(dtype);
   const int group = group_of(dtype), most = largest(blocks);
+  if (sums) std::fill_n(sums, rows, 0.f);
   for (int64_t r = most; r < rows; ++r)
     std::memset(out.data + r * out.stride * element, 0, columns * element);
   if (!most || !columns) return;
@@ -241,19 +243,20 @@ void Ops::weight_gradient(DType dtype, View left, View right, int columns, const
   // A: the transpose of `left`, zero where a row does not reach.
   const int64_t a_stride = row_bytes(words * kWordBytes);
   char* a = shared_[0].reserve(round_up(most, kPanelColumns) * a_stride);
-  const int64_t strips = (most + kPanelColumns - 1) / kPanelColumns;
-  deal(strips * static_cast<int64_t>(parts.size()), [&](int64_t unit, int) {
-    const Part& p = parts[unit % parts.size()];
-    const int first = static_cast<int>(unit / parts.size() * kPanelColumns);
-    const int here = std::min(most - first, kPanelColumns);
-    const int reached = std::clamp(p.block.extent - first, 0, here);
-    const int64_t part_words = (p.block.rows + group - 1) / group;
-    char* to = a + first * a_stride + p.word * kWordBytes;
-    if (reached)
-      kernels_.rows_from_columns(dtype, left.data + (p.row * left.stride + first) * element,
-                                 left.stride * element, static_cast<int>(p.block.rows), reached, to,
-                                 a_stride);
-    for (int c = reached; c < here; ++c) std::memset(to + c * a_stride, 0, part_words * kWordBytes);
+  deal((most + kStripColumns - 1) / kStripColumns, [&](int64_t strip, int) {
+    const int first = static_cast<int>(strip * kStripColumns);
+    const int here = std::min(most - first, kStripColumns);
+    for (const Part& p : parts) {
+      const int reached = std::clamp(p.block.extent - first, 0, here), count = static_cast<int>(p.block.rows);
+      const char* from = left.data + (p.row * left.stride + first) * element;
+      char* to = a + first * a_stride + p.word * kWordBytes;
+      if (reached)
+        kernels_.rows_from_columns(dtype, from, left.stride * element, count, reached, to, a_stride);
+      if (reached && sums)
+        kernels_.add_rows(dtype, from, left.stride * element, count, reached, sums + first);
+      for (int c = reached; c < here; ++c)
+        std::memset(to + c * a_stride, 0, (count + group - 1) / group * int64_t{kWordBytes});
+    }
   });
   std::vector<ProductTile> tiles;
   const int64_t count = (most + kTileRows - 1) / kTileRows;

@@ -55,9 +55,10 @@ class Ops {
                 const std::vector<Block>& blocks, View out, Panels panels = {});
 
   /// out[i, c] = sum over rows r whose extent is above i of left[r, i] right[r, c], zero from the largest
-  /// extent up to `rows`: left [T, >= max k], right [T, D], out [rows, D].
+  /// extent up to `rows`: left [T, >= max k], right [T, D], out [rows, D]. Also `sums` [rows], unless null:
+  /// of left's columns, as far as rows reach.
   void weight_gradient(DType dtype, View left, View right, int columns, const std::vector<Block>& blocks,
-                       int rows, View out);
+                       int rows, View out, float* sums = nullptr);
 
   /// sums[i] = sum over rows whose extent is above i of x[r, i], zero from the largest extent up to
   /// `columns`.

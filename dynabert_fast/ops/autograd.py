@@ -22,15 +22,9 @@ _NAMESPACE = "dynabert_fast"
 _library = torch.library.Library(_NAMESPACE, "DEF")
 
 
-def _tensors(args: Sequence[Any]) -> list[Tensor]:
-    """Every tensor among the arguments, those inside lists included."""
-    found: list[Tensor] = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            found.append(arg)
-        elif isinstance(arg, list | tuple):
-            found.extend(a for a in arg if isinstance(a, Tensor))
-    return found
+def _typed(args: Sequence[Any]) -> Tensor:
+    """The first floating-point tensor: what a backend is chosen by."""
+    return next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
 
 
 def dispatch(kernel: str, *args: Any) -> Any:
@@ -38,7 +32,7 @@ def dispatch(kernel: str, *args: Any) -> Any:
 
     Tensors without memory of their own (fake ones, while something is traced) go through torch.
     """
-    x = next(t for t in _tensors(args) if t.is_floating_point())
+    x = _typed(args)
     if type(x) not in (Tensor, torch.nn.Parameter):
         return getattr(torch.ops.dynabert_fast, kernel)(*args)
     return resolve(kernel, x.device, x.dtype)(*args)
@@ -48,7 +42,7 @@ def _define(kernel: str, schema: str, fake: Callable[..., Any]) -> None:
     """Make `torch.ops.dynabert_fast.<kernel>` with its shape function."""
 
     def implementation(*args: Any) -> Any:
-        x = next(t for t in _tensors(args) if t.is_floating_point())
+        x = _typed(args)
         return resolve(kernel, x.device, x.dtype)(*args)
 
     _library.define(f"{kernel}{schema}")
@@ -94,17 +88,16 @@ class Op:
             return backward(ctx, grad)
 
         class Eager(torch.autograd.Function):
+            # Not `setup_context`: that way takes 14 microseconds more a call.
             @staticmethod
-            def forward(*args: Any) -> Any:
-                return dispatch(name, *args)
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = dispatch(name, *args)
                 if isinstance(output, tuple):
                     ctx.mark_non_differentiable(*output[1:])
                 ctx.set_materialize_grads(False)
                 ctx.forced = forced_backend()
-                setup(ctx, inputs, output)
+                setup(ctx, args, output)
+                return output
 
             @staticmethod
             @torch.autograd.function.once_differentiable
@@ -122,7 +115,9 @@ class Op:
         """The op's first output; the others are only what its backward needs."""
         if torch.compiler.is_compiling():
             output = getattr(torch.ops.dynabert_fast, self.name)(*args)
-        elif torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args)):
+        elif torch.is_grad_enabled() and any(
+            a.requires_grad for a in args if isinstance(a, Tensor)
+        ):
             output = self.function.apply(*args)
         else:
             output = dispatch(self.name, *args)
@@ -266,8 +261,8 @@ def _residual_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 def _residual_norm_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *saved, seed = ctx.saved_tensors
-    grads = _call("residual_norm_backward", grad.contiguous(), *saved, ctx.p, seed)
-    return *grads, None, None, None
+    grad_x, grad_z, *rest = _call("residual_norm_backward", grad.contiguous(), *saved, ctx.p, seed)
+    return grad_z if seed is None else grad_x, grad_z, *rest, None, None, None
 
 
 residual_norm = Op(
@@ -285,8 +280,8 @@ residual_norm = Op(
             _statistics(x),
             _statistics(x),
         ),
-        lambda grad, z, mean, rstd, weight, *_: (
-            torch.empty_like(z),
+        lambda grad, z, mean, rstd, weight, p, seed: (
+            _empty(z, z.shape, seed is not None),
             torch.empty_like(z),
             torch.empty_like(weight),
             torch.empty_like(weight),

@@ -105,7 +105,7 @@ class _Kept:
 
     def __init__(self, values: tuple[int, int, int]) -> None:
         self.values = values
-        self.memory: Tensor | None = None  # from the second call with these values on
+        self.panels: _Panels | None = None  # from the second call with these values on
 
 
 _kept: dict[int, tuple[weakref.ref[Tensor], dict[Any, _Kept]]] = {}  # by id of the parameter
@@ -120,8 +120,8 @@ def _views_of(owner: Tensor) -> dict[Any, _Kept]:
 
 
 def _kept_bytes() -> int:
-    views = [v for _, owned in list(_kept.values()) for v in list(owned.values())]
-    return sum(v.memory.numel() for v in views if v.memory is not None)
+    views = [v.panels for _, owned in list(_kept.values()) for v in list(owned.values())]
+    return sum(v.memory.numel() for v in views if v is not None and v.memory is not None)
 
 
 def _panels(weight: Tensor, contracts: bool, rows: int) -> _Panels:
@@ -146,16 +146,16 @@ def _panels(weight: Tensor, contracts: bool, rows: int) -> _Panels:
         if found is None or found.values != values:
             views[key] = _Kept(values)
             return _Panels()
-        size = native.packed_bytes(bf16, count, columns, contracts)
-        if found.memory is None:
+        if found.panels is None:
+            size = native.packed_bytes(bf16, count, columns, contracts)
             if _kept_bytes() + size > _KEPT_BYTES:
                 return _Panels()
             memory = torch.empty(size, dtype=torch.uint8, device="cpu")
             native.pack(bf16, _address(weight), count, columns, contracts, memory.data_ptr())
-            found.memory = memory
-        across = columns if contracts else count
-        each = size // -(-across // _PANEL_COLUMNS)
-        return _Panels((found.memory.data_ptr(), each), found.memory)
+            across = columns if contracts else count
+            each = size // -(-across // _PANEL_COLUMNS)
+            found.panels = _Panels((memory.data_ptr(), each), memory)
+        return found.panels
 
 
 # --- the ops ------------------------------------------------------------------------------------
@@ -240,15 +240,24 @@ def expand_backward(
                 panels.address,
             )
     if need_weight:
-        grad_weight = _weight_gradient(weight, grad, x, extents, rows)
-        grad_bias = _column_sums(grad, extents, rows, weight.shape[0])
+        sums = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
+        grad_weight = _weight_gradient(weight, grad, x, extents, rows, sums)
+        grad_bias = sums.to(x.dtype)
     return grad_x, grad_weight, grad_bias
 
 
 def _weight_gradient(
-    weight: Tensor, left: Tensor, right: Tensor, extents: Sequence[int], rows: Sequence[int]
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    extents: Sequence[int],
+    rows: Sequence[int],
+    sums: Tensor | None = None,
 ) -> Tensor:
-    """Like the weight: for each of its rows, the sum of `left` times `right` that reach it."""
+    """Like the weight: for each of its rows, the sum of `left` times `right` that reach it.
+
+    `sums`, `[K]` float32, gets the sums of left's columns.
+    """
     grad = torch.empty_like(weight)
     _native().weight_gradient(
         _is_bf16(weight),
@@ -259,15 +268,9 @@ def _weight_gradient(
         rows,
         weight.shape[0],
         _address(grad),
+        0 if sums is None else sums.data_ptr(),
     )
     return grad
-
-
-def _column_sums(x: Tensor, extents: Sequence[int], rows: Sequence[int], columns: int) -> Tensor:
-    """`[columns]` in x's type, summed in float32."""
-    sums = torch.empty(columns, dtype=torch.float32, device="cpu")
-    _native().column_sums(_is_bf16(x), _address(x), extents, rows, columns, sums.data_ptr())
-    return sums.to(x.dtype)
 
 
 def contract(
@@ -325,7 +328,10 @@ def contract_backward(
     if need_weight:
         grad_weight = _weight_gradient(weight_t, x, grad, extents, rows)
         columns = grad.shape[1]
-        grad_bias = _column_sums(grad, [columns], [grad.shape[0]], columns)
+        sums = torch.empty(columns, dtype=torch.float32, device="cpu")
+        native, bf16 = _native(), _is_bf16(grad)
+        native.column_sums(bf16, _address(grad), [columns], [len(grad)], columns, sums.data_ptr())
+        grad_bias = sums.to(grad.dtype)
     return grad_x, grad_weight, grad_bias
 
 
@@ -447,7 +453,8 @@ def residual_norm_backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.residual_norm_backward`."""
-    grad_z, grad_x = torch.empty_like(z), torch.empty_like(z)
+    grad_z = torch.empty_like(z)
+    grad_x = z.new_empty(0) if seed is None else torch.empty_like(z)
     gradients = _norm_backward(False, grad, z, mean, rstd, weight, p, seed, grad_z, grad_x)
     return grad_x, grad_z, *gradients
 
@@ -462,9 +469,9 @@ def _norm_backward(
     p: float,
     seed: Tensor | None,
     grad_z: Tensor,
-    grad_x: Tensor | None,
+    grad_x: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Writes grad_z and grad_x; returns the gradients of weight and bias."""
+    """Writes grad_z, and grad_x unless it is empty; returns the gradients of weight and bias."""
     grad, z, weight = _adjacent(grad), _adjacent(z), weight.contiguous()
     grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
     if z.numel():
@@ -479,7 +486,7 @@ def _norm_backward(
             mean.data_ptr(),
             rstd.data_ptr(),
             _address(grad_z),
-            (0, 0) if grad_x is None else _address(grad_x),
+            _address(grad_x),
             grad_weight.data_ptr(),
             grad_bias.data_ptr(),
             z.shape[0],
@@ -547,7 +554,7 @@ def embed_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `reference.embed_backward`; a word's tokens are added in their order."""
     grad_z = torch.empty_like(z)
-    gradients = _norm_backward(True, grad, z, mean, rstd, weight, p, seed, grad_z, None)
+    gradients = _norm_backward(True, grad, z, mean, rstd, weight, p, seed, grad_z, z.new_empty(0))
     tables = []
     for ids, count in (
         (_ids(input_ids), vocabulary),

@@ -366,9 +366,12 @@ def residual_norm_backward(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual (both `[T, D]`), weight and bias (both `[D]`)."""
+    """Gradients of x, residual (both `[T, D]`), weight and bias (both `[D]`).
+
+    That of x is empty without dropout: it is the residual's.
+    """
     grad_z, grad_weight, grad_bias = _layer_norm_backward(grad, z, mean, rstd, weight)
-    grad_x = _dropout(grad_z, p, seed) if seed is not None else grad_z.clone()
+    grad_x = grad_z.new_empty(0) if seed is None else _dropout(grad_z, p, seed)
     return grad_x, grad_z, grad_weight, grad_bias
 
 

@@ -529,7 +529,7 @@ def test_memory_is_the_cpus_whatever_torchs_default_device_is(randn):
     ids=["expand bias", "expand x", "contract", "residual_norm", "embed"],
 )
 def test_types_that_differ_are_refused(randn, call):
-    with pytest.raises(InputError, match="one type, got .*bfloat16"):
+    with pytest.raises(InputError, match=r"one type, got .*bfloat16"):
         call(randn(5, 12).float(), randn(12, 12).float(), randn(12).float())
 
 

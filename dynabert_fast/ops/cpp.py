@@ -636,9 +636,11 @@ def hidden_mse_backward(grad: Tensor, student: Tensor, teacher: Tensor) -> Tenso
 
 def _why_not(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
     try:
-        native_module()
+        best = native_module().isas()[0]
     except InputError as error:
         return f"is not built: {error}"
+    if best == "portable":
+        return "has no code for this processor's vectors, and torch is faster than portable code"
     return None
 
 

@@ -533,6 +533,16 @@ def test_types_that_differ_are_refused(randn, call):
         call(randn(5, 12).float(), randn(12, 12).float(), randn(12).float())
 
 
+def test_a_processor_without_vectors_is_left_to_the_reference(monkeypatch):
+    class Portable:
+        isas = staticmethod(lambda: ["portable"])
+
+    monkeypatch.setattr(cpp, "native_module", Portable)
+    backend = ops.backends()["cpp"]
+    reason = backend.reason_against("expand", torch.device("cpu"), torch.float32)
+    assert reason is not None and "vectors" in reason
+
+
 # --- callers and processes ------------------------------------------------------------------------
 
 

@@ -540,7 +540,7 @@ def test_a_processor_without_vectors_is_left_to_the_reference(monkeypatch):
     monkeypatch.setattr(cpp, "native_module", Portable)
     backend = ops.backends()["cpp"]
     reason = backend.reason_against("expand", torch.device("cpu"), torch.float32)
-    assert reason is not None and "vectors" in reason
+    assert "vectors" in str(reason)
 
 
 # --- callers and processes ------------------------------------------------------------------------

@@ -582,6 +582,7 @@ struct GradientCase {
   DType dtype;
   std::vector<Block> blocks;
   int columns, more;  // rows of the weight beyond the largest extent
+  bool summed;        // with the sums of left's columns
   Space space;
 };
 
@@ -592,33 +593,47 @@ void check_weight_gradient(Random& random, const GradientCase& c) {
   const Grid left = random_grid(random, c.dtype, rows, widest, 1, 2),
              right = random_grid(random, c.dtype, rows, c.columns, 1, 2);
   const Tensor left_in(c.dtype, left, extents, c.space), right_in(c.dtype, right, c.space);
-  Expected sums(all, c.columns);
+  Expected products(all, c.columns), sums(1, all);
   for (int i = 0; i < all; ++i)
     for (int n = 0; n < c.columns; ++n) {
       Sum sum;
       for (int64_t r = 0; r < rows; ++r)
         if (i < extents[r]) sum.add(left.at(r, i), right.at(r, n));
-      sums.set(i, n, stored(c.dtype, sum.plain), sum.truth);
+      products.set(i, n, stored(c.dtype, sum.plain), sum.truth);
     }
+  for (int i = 0; i < all; ++i) {
+    Sum sum;
+    for (int64_t r = 0; r < rows; ++r)
+      if (i < extents[r]) sum.add(left.at(r, i), 1);
+    sums.set(0, i, sum.plain, sum.truth);
+  }
   const std::vector<int> whole(all, c.columns);
-  everywhere([&] { return tensors(std::move(Tensor(c.dtype, all, c.columns, c.space).expect(whole))); },
-             [&](Ops& ops, const Tensors& to) {
-               ops.weight_gradient(c.dtype, left_in.view(), right_in.view(), c.columns, c.blocks, all,
-                                   to[0].view());
-             },
-             [&](const Tensors& got) {
-               CHECK_GOOD(wrong(c.dtype, got[0], sums, whole));
-               bool zeros = true;
-               for (int i = widest; i < all; ++i)
-                 for (int n = 0; n < c.columns; ++n) zeros = zeros && got[0].at(i, n) == 0;
-               CHECK(zeros);
-             });
+  everywhere(
+      [&] {
+        return tensors(std::move(Tensor(c.dtype, all, c.columns, c.space).expect(whole)),
+                       std::move(Tensor(DType::kF32, 1, all).expect(0, c.summed ? all : 0)));
+      },
+      [&](Ops& ops, const Tensors& to) {
+        ops.weight_gradient(c.dtype, left_in.view(), right_in.view(), c.columns, c.blocks, all, to[0].view(),
+                            c.summed ? to[1].floats() : nullptr);
+      },
+      [&](const Tensors& got) {
+        CHECK_GOOD(wrong(c.dtype, got[0], products, whole));
+        if (c.summed) CHECK_GOOD(wrong(DType::kF32, got[1], sums, {all}));
+        bool zeros = true;
+        for (int i = widest; i < all; ++i) {
+          zeros = zeros && (!c.summed || got[1].at(0, i) == 0);
+          for (int n = 0; n < c.columns; ++n) zeros = zeros && got[0].at(i, n) == 0;
+        }
+        CHECK(zeros);
+      });
 }
 
 TEST(weight_gradient) {
   Random random(41);
   constexpr int more[] = {0, 1, 70};
-  for (const Choice& choice : pairs_among(kTypes, kColumns, kColumns, kRows, kStaircases, more, kSpaces)) {
+  for (const Choice& choice :
+       pairs_among(kTypes, kColumns, kColumns, kRows, kStaircases, more, kEither, kSpaces)) {
     Chosen chosen(choice);
     GradientCase c;
     c.dtype = chosen.from(kTypes);
@@ -627,8 +642,10 @@ TEST(weight_gradient) {
     const int rows = chosen.from(kRows);
     c.blocks = staircase(chosen.from(kStaircases), rows, extent);
     c.more = chosen.from(more);
+    c.summed = chosen.from(kEither);
     c.space = chosen.from(kSpaces);
-    const check::Where where(name_of(c.dtype) + numbers(" columns, more", c.columns, c.more) +
+    const check::Where where(name_of(c.dtype) +
+                             numbers(" columns, more, summed", c.columns, c.more, c.summed) +
                              numbers(", space", c.space.before, c.space.between) + ", " + describe(c.blocks));
     check_weight_gradient(random, c);
   }
@@ -640,7 +657,7 @@ TEST(weight_gradient_of_many_rows) {
   for (DType dtype : kTypes)
     for (int rows : {1024, 2048}) {
       const check::Where where(name_of(dtype) + numbers(" rows", rows));
-      check_weight_gradient(random, {dtype, {{rows - 301, 7}, {301, 19}}, 18, 2, {0, 0}});
+      check_weight_gradient(random, {dtype, {{rows - 301, 7}, {301, 19}}, 18, 2, true, {0, 0}});
     }
 }
 
@@ -652,7 +669,7 @@ TEST(weight_gradient_of_blocks_that_end_inside_a_vector) {
       const int64_t rows = words * group_of(dtype);
       const std::vector<Block> blocks = {{rows, 70}, {rows - 1, 130}, {rows, 129}, {2 * rows, 130}, {1, 3}};
       const check::Where where(name_of(dtype) + (" " + describe(blocks)));
-      check_weight_gradient(random, {dtype, blocks, 17, 1, {0, 0}});
+      check_weight_gradient(random, {dtype, blocks, 17, 1, true, {0, 0}});
     }
 }
 

@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -92,6 +92,12 @@ native = Extension(
     ],
 )
 setup(
+    # The kernels lie beside the package, which a search would not find.
+    packages=[
+        *find_packages(include=["dynabert_fast", "dynabert_fast.*"]),
+        "dynabert_fast.kernels",
+    ],
+    package_dir={"dynabert_fast.kernels": "kernels/triton"},
     ext_modules=[] if os.environ.get("DYNABERT_FAST_NATIVE") == "0" else [native],
     cmdclass={"build_ext": CMakeBuild},
 )

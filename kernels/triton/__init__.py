@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op; `dynabert_fast.ops.triton` makes them a backend."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.language.extra import libdevice
 
 #: Kernels run in Python on CPU tensors: for tests without a GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,9 +52,9 @@ def keep_mask(seed, rows, columns, threshold):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """x is float32."""
+    """X is float32."""
     if ACTIVATION == "gelu":
-        return x * 0.5 * (1.0 + libdevice.erf(x * 0.7071067811865476))
+        return x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         u = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
         return x * tl.sigmoid(u)
@@ -68,7 +68,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 def activation_slope(x, ACTIVATION: tl.constexpr):
     """The derivative of `activate` at x, float32."""
     if ACTIVATION == "gelu":
-        below = 0.5 * (1.0 + libdevice.erf(x * 0.7071067811865476))
+        below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         return below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif ACTIVATION == "gelu_tanh":
         s = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
@@ -125,6 +125,7 @@ class Config:
 
     @classmethod
     def of(cls, warps: int = 4, stages: int = 2, **blocks: int) -> Config:
+        """With the blocks by name."""
         return cls(tuple(blocks.items()), warps, stages)
 
     def __getitem__(self, name: str) -> int:
@@ -160,7 +161,7 @@ def type_name(dtype: torch.dtype) -> str:
     return _TYPES[dtype]
 
 
-#: What `choose` asks; `dynabert_fast.engine`'s tuning replaces it.
+#: What answers `choose`: the first configuration, or one that was measured.
 Chooser = Callable[[str, tuple[Any, ...], Sequence[Config], Callable[[Config], None]], Config]
 
 
@@ -194,6 +195,7 @@ def choose(
 
 
 def set_chooser(chooser: Chooser) -> None:
+    """Replace what answers `choose`."""
     _chooser[0] = chooser
 
 

@@ -86,7 +86,7 @@ void Ops::run(const std::function<void(int)>& work) {
 /// Deals units out in stretches, then lets threads that are done help: work(unit, thread).
 template <class Work>
 void Ops::deal(int64_t count, Work&& work) {
-  if (count <= 1) return count ? work(0, 0) : void();
+  if (count <= 1) return count > 0 ? work(0, 0) : void();
   const int threads = threads_;
   std::vector<std::atomic<int64_t>> counters(threads);
   run([&](int thread) {
@@ -218,8 +218,11 @@ void Ops::weight_gradient(DType dtype, View left, View right, int columns, const
   const int64_t element = element_of(dtype);
   const int group = group_of(dtype), most = largest(blocks);
   if (sums) std::fill_n(sums, rows, 0.f);
-  for (int64_t r = most; r < rows; ++r)
-    std::memset(out.data + r * out.stride * element, 0, columns * element);
+  deal((rows - most + kRowsPerUnit - 1) / kRowsPerUnit, [&](int64_t unit, int) {
+    const int64_t first = most + unit * kRowsPerUnit, last = std::min<int64_t>(first + kRowsPerUnit, rows);
+    for (int64_t r = first; r < last; ++r)
+      std::memset(out.data + r * out.stride * element, 0, columns * element);
+  });
   if (!most || !columns) return;
   // Blocks from the widest to the narrowest: the rows that reach a neuron are then a prefix of K.
   struct Part {
@@ -287,7 +290,7 @@ void Ops::column_sums(DType dtype, View x, const std::vector<Block>& blocks, int
     int64_t row = 0;
     for (const Block& b : blocks) {
       const int reached = std::min(b.extent - first, kPanelColumns);
-      if (reached > 0)
+      if (reached > 0 && b.rows > 0)
         kernels_.add_rows(dtype, x.data + (row * x.stride + first) * element, x.stride * element,
                           static_cast<int>(b.rows), reached, sums + first);
       row += b.rows;

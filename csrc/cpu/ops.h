@@ -34,7 +34,7 @@ class Ops {
       : kernels_(kernels),
         threads_(threads),
         parallel_(parallel),
-        team_(parallel ? 1 : threads),
+        team_(parallel && threads > 0 ? 1 : threads),  // refuses fewer than one
         scratch_(threads) {}
 
   int threads() const { return threads_; }
@@ -45,7 +45,7 @@ class Ops {
   static int64_t packed_bytes(DType dtype, int rows, int columns, bool contracts);
 
   /// out[r, c] = act(sum_i x[r, i] weight[c, i] + bias[c]) for c below r's extent: x [T, D], weight [K, D],
-  /// bias [K] or null, out and pre (the sums; may be null) [T, >= max k].
+  /// bias [K] or null, out and pre (the sums; null, or where there is an activation) [T, >= max k].
   void expand(DType dtype, View x, View weight, const char* bias, int depth, const std::vector<Block>& blocks,
               Activation activation, View out, View pre, Panels panels = {});
 

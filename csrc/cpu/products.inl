@@ -167,7 +167,8 @@ INLINE F32 gelu_slope(F32 x) {
   return x > F32{} ? 1.f - p : p;
 }
 
-INLINE F32 gelu_tanh_slope(F32 x) {
+INLINE F32 gelu_tanh_slope(F32 input) {
+  const F32 x = min(broadcast(20.f), max(broadcast(-20.f), input));  // 0 or 1 beyond; squares overflow
   const F32 square = x * x;
   const F32 u = x * (square * 0.044715f + 1.f) * 1.5957691216f;
   const F32 e = exp(-max(broadcast(-80.f), u));
@@ -199,18 +200,25 @@ void slope(const SlopeTask& task, int begin, int end) {
   else slope_rows<DType::kF32>(task, begin, end);
 }
 
-/// Adds `rows` rows of up to 64 columns to float32 sums.
+/// Adds `rows` rows of up to 64 columns to float32 sums: sums of 64 rows, then of those, so that the error
+/// grows with the rows' number much slower than in one long sum.
 void add_rows(DType dtype, const char* from, int64_t stride, int rows, int columns, float* sums) {
+  constexpr int kRun = 64;
   const int element = dtype == DType::kBf16 ? 2 : 4;
   for (int c = 0; c < columns; c += kLanes) {
     const int left = columns - c;
-    F32 part[kStrands] = {};
-    for (int r = 0; r < rows; ++r) {
-      const char* at = from + r * stride + c * element;
-      part[r % kStrands] = part[r % kStrands] + (dtype == DType::kBf16 ? load_values<DType::kBf16>(at, left)
-                                                                       : load_values<DType::kF32>(at, left));
+    F32 all{};
+    for (int first = 0; first < rows; first += kRun) {
+      const int end = rows - first < kRun ? rows : first + kRun;
+      F32 part[kStrands] = {};
+      for (int r = first; r < end; ++r) {
+        const char* at = from + r * stride + c * element;
+        part[r % kStrands] =
+            part[r % kStrands] + (dtype == DType::kBf16 ? load_values<DType::kBf16>(at, left)
+                                                        : load_values<DType::kF32>(at, left));
+      }
+      all = all + ((part[0] + part[1]) + (part[2] + part[3]));
     }
-    const F32 all = (part[0] + part[1]) + (part[2] + part[3]);
     store_values<DType::kF32>(sums + c, load_values<DType::kF32>(sums + c, left) + all, left);
   }
 }

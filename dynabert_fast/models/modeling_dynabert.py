@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -34,6 +33,7 @@ from dynabert_fast.models.conversion import (
     read_checkpoint,
     to_huggingface,
 )
+from dynabert_fast.models.packed import Extent, MixedBatch, PackedSequences
 from dynabert_fast.rewiring import FILE_NAME as REWIRING_FILE
 from dynabert_fast.rewiring import Rewiring
 from dynabert_fast.subnet import Subnet
@@ -65,61 +65,6 @@ _LOADER_KEYS = (
 )
 
 
-@dataclass(frozen=True)
-class PackedSequences:
-    """Where the real tokens of a padded batch `[B, S]` are.
-
-    Attributes:
-        shape: (B, S).
-        offsets: `[B + 1]` int32: sequence b is the packed rows `offsets[b]` to `offsets[b + 1]`.
-        max_length: Length of the longest sequence.
-        indices: `[T]` flat positions of the packed rows, or `None` where nothing is padded.
-    """
-
-    shape: tuple[int, int]
-    offsets: Tensor
-    max_length: int
-    indices: Tensor | None
-
-    @classmethod
-    def from_mask(cls, shape: tuple[int, int], mask: Tensor | None, device: Any) -> Self:
-        """Read a mask `[B, S]` (non-zero = real token, anywhere in the row); `None` is all real.
-
-        Raises:
-            InputError: The mask has another shape, or a sequence has no token.
-        """
-        batch, length = shape
-        whole = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
-        if mask is None:
-            return cls(shape, whole, length, None)
-        if tuple(mask.shape) != shape:
-            raise InputError(f"attention_mask must be {list(shape)}, got {list(mask.shape)}")
-        mask = mask != 0
-        lengths = mask.sum(1, dtype=torch.int32)
-        counts = lengths.tolist()  # the only synchronisation of a forward pass
-        if batch and min(counts) == 0:
-            raise InputError(
-                f"attention_mask leaves no token in row {counts.index(0)}; drop the row"
-            )
-        if sum(counts) == batch * length:
-            return cls(shape, whole, length, None)
-        offsets = torch.zeros_like(whole)
-        torch.cumsum(lengths, 0, out=offsets[1:])
-        return cls(shape, offsets, max(counts), mask.flatten().nonzero().flatten())
-
-    def pack(self, padded: Tensor) -> Tensor:
-        """`[B, S, ...] -> [T, ...]`."""
-        flat = padded.flatten(0, 1)
-        return flat if self.indices is None else flat[self.indices]
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """`[T, ...] -> [B, S, ...]`, zero at padding."""
-        if self.indices is None:
-            return packed.unflatten(0, self.shape)
-        flat = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
-        return flat.index_copy(0, self.indices, packed).unflatten(0, self.shape)
-
-
 class ElasticExpand(nn.Module):
     """Weights of a map `D -> rows`, a prefix of whose output is used: weight `[*rows, D]`."""
 
@@ -128,10 +73,12 @@ class ElasticExpand(nn.Module):
         self.weight = nn.Parameter(torch.empty(*rows, hidden_size))
         self.bias = nn.Parameter(torch.empty(*rows))
 
-    def forward(self, x: Tensor, extent: int, activation: str = "") -> Tensor:
-        """`[T, D] -> [T, extent]`."""
+    def forward(
+        self, x: Tensor, extent: Extent, rows: list[int] | None = None, activation: str = ""
+    ) -> Tensor:
+        """`[T, D] -> [T, extent]`; one extent for each block of `rows`, or one."""
         weight, bias = self.weight.flatten(0, -2), self.bias.flatten()
-        return ops.expand(x, weight, bias, extent, activation=activation)
+        return ops.expand(x, weight, bias, extent, rows, activation)
 
 
 class ElasticContract(nn.Module):
@@ -142,9 +89,9 @@ class ElasticContract(nn.Module):
         self.weight_t = nn.Parameter(torch.empty(rows, hidden_size))
         self.bias = nn.Parameter(torch.empty(hidden_size))
 
-    def forward(self, x: Tensor, extent: int) -> Tensor:
+    def forward(self, x: Tensor, extent: Extent, rows: list[int] | None = None) -> Tensor:
         """`[T, extent] -> [T, D]`."""
-        return ops.contract(x, self.weight_t, self.bias, extent)
+        return ops.contract(x, self.weight_t, self.bias, extent, rows)
 
 
 def _draw_seed(p: float, training: bool, device: torch.device) -> Tensor | None:
@@ -152,6 +99,10 @@ def _draw_seed(p: float, training: bool, device: torch.device) -> Tensor | None:
     if not training or p == 0:
         return None
     return torch.randint(2**63 - 1, (), device=device)
+
+
+def _times(extent: Extent, factor: int) -> Extent:
+    return [k * factor for k in extent] if isinstance(extent, list) else extent * factor
 
 
 class _ResidualNorm(nn.Module):
@@ -180,9 +131,9 @@ class DynaBertAttention(_ResidualNorm):
         self.out = ElasticContract(heads * config.head_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, packed: PackedSequences, heads: int) -> Tensor:
+    def forward(self, x: Tensor, packed: PackedSequences, heads: Extent) -> Tensor:
         """`[T, D] -> [T, D]`."""
-        qkv = self.qkv(x, heads * 3 * self.head_size)
+        qkv = self.qkv(x, _times(heads, 3 * self.head_size), packed.rows)
         seed = _draw_seed(self.attention_dropout, self.training, x.device)
         context = ops.attention(
             qkv,
@@ -190,10 +141,11 @@ class DynaBertAttention(_ResidualNorm):
             packed.max_length,
             self.head_size,
             heads,
+            packed.sequences,
             p=self.attention_dropout if seed is not None else 0.0,
             seed=seed,
         )
-        y = self.out(context, heads * self.head_size)
+        y = self.out(context, _times(heads, self.head_size), packed.rows)
         return self.residual_norm(y, x, self.hidden_dropout)
 
 
@@ -208,9 +160,9 @@ class DynaBertFeedForward(_ResidualNorm):
         self.down = ElasticContract(neurons, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, neurons: int) -> Tensor:
+    def forward(self, x: Tensor, packed: PackedSequences, neurons: Extent) -> Tensor:
         """`[T, D] -> [T, D]`."""
-        y = self.down(self.up(x, neurons, self.activation), neurons)
+        y = self.down(self.up(x, neurons, packed.rows, self.activation), neurons, packed.rows)
         return self.residual_norm(y, x, self.hidden_dropout)
 
 
@@ -222,9 +174,9 @@ class DynaBertLayer(GradientCheckpointingLayer):
         self.attention = DynaBertAttention(config, heads)
         self.ffn = DynaBertFeedForward(config, neurons)
 
-    def forward(self, x: Tensor, packed: PackedSequences, heads: int, neurons: int) -> Tensor:
-        """`[T, D] -> [T, D]`."""
-        return self.ffn(self.attention(x, packed, heads), neurons)
+    def forward(self, x: Tensor, packed: PackedSequences, heads: Extent, neurons: Extent) -> Tensor:
+        """`[T, D] -> [T, D]`; several extents are those of the packing's lanes."""
+        return self.ffn(self.attention(x, packed, heads), packed, neurons)
 
 
 class DynaBertEmbeddings(nn.Module):
@@ -324,16 +276,18 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         view._compiled_call_impl = None
         return view
 
-    def _choose(self, subnet: Subnet | None) -> Subnet:
+    def _choose(self, subnet: Subnet | Sequence[Subnet] | None) -> Subnet | list[Subnet]:
         """The sub-network of a call: the argument, or the view's, or the whole model."""
         if subnet is None:
             subnet = self._default_subnet or Subnet.full(self.config)
-        if not isinstance(subnet, Subnet):
-            raise InputError(f"subnet must be a Subnet, got {type(subnet).__name__}")
-        if subnet not in self._known_subnets:
-            subnet.check(self.config)
-            self._known_subnets.add(subnet)
-        return subnet
+        given: list[Any] = list(subnet) if isinstance(subnet, list | tuple) else [subnet]
+        for one in given:
+            if not isinstance(one, Subnet):
+                raise InputError(f"subnet must be a Subnet, got {type(one).__name__}")
+            if one not in self._known_subnets:
+                one.check(self.config)
+                self._known_subnets.add(one)
+        return given if isinstance(subnet, list | tuple) else given[0]
 
     def extract(self, subnet: Subnet) -> Self:
         """A stand-alone model of one sub-network, with copies of just the weights it uses.
@@ -505,12 +459,17 @@ class DynaBertModel(DynaBertPreTrainedModel):
         attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
-        subnet: Subnet,
+        subnet: Subnet | list[Subnet],
         keep_hidden: bool,
     ) -> tuple[Tensor, list[Tensor], PackedSequences]:
         """The packed last hidden state `[T, D]`, all hidden states if kept, and the packing."""
         self._check_ids(input_ids, token_type_ids, position_ids)
         shape = (input_ids.shape[0], input_ids.shape[1])
+        if isinstance(subnet, list):
+            mixed = MixedBatch.from_mask(shape, attention_mask, input_ids.device, subnet)
+            x = self.embeddings(input_ids, token_type_ids, position_ids, mixed.packed)
+            x, hidden = self._encode_mixed(x, mixed, keep_hidden)
+            return x, hidden, mixed.packed
         packed = PackedSequences.from_mask(shape, attention_mask, input_ids.device)
         x = self.embeddings(input_ids, token_type_ids, position_ids, packed)
         hidden = [x]
@@ -519,6 +478,27 @@ class DynaBertModel(DynaBertPreTrainedModel):
             if keep_hidden:
                 hidden.append(x)
         return x, hidden, packed
+
+    def _encode_mixed(
+        self, x: Tensor, mixed: MixedBatch, keep_hidden: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Every layer once, for the lanes that keep it."""
+        depths = sorted({len(lane.subnet.layers) for lane in mixed.lanes})
+        if keep_hidden and len(depths) > 1:
+            raise InputError(
+                "output_hidden_states needs sub-networks of one depth, got "
+                f"{' and '.join(map(str, depths))} layers; make one call for each"
+            )
+        states: list[list[Tensor]] = [[x[lane.rows]] for lane in mixed.lanes if keep_hidden]
+        for index, layer in enumerate(self.encoder.layer):
+            part = mixed.part(index)
+            if part is None:
+                continue
+            x = part.restore(x, layer(part.select(x), part.packed, part.heads, part.neurons))
+            for lane, found in zip(mixed.lanes, states, strict=False):
+                if index in lane.subnet.layers:
+                    found.append(x[lane.rows])
+        return x, [torch.cat(state) for state in zip(*states, strict=True)] or [x]
 
     def _check_ids(
         self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None
@@ -559,7 +539,7 @@ class DynaBertModel(DynaBertPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        subnet: Subnet | None = None,
+        subnet: Subnet | Sequence[Subnet] | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         unpack: bool = True,
@@ -571,10 +551,12 @@ class DynaBertModel(DynaBertPreTrainedModel):
             attention_mask: `[B, S]`, non-zero at real tokens; default all real.
             token_type_ids: `[B, S]` int64; default 0.
             position_ids: `[B, S]` int64; default the family's rule.
-            subnet: The sub-network; default the view's (see `at`), else the whole model.
+            subnet: The sub-network, or a list of one for each sequence, which then run in one call;
+                default the view's (see `at`), else the whole model.
             output_hidden_states: Also return the embeddings' and every kept layer's output.
             return_dict: `False` for a plain tuple.
-            unpack: `False` returns hidden states of real tokens only, packed `[T, D]`.
+            unpack: `False` returns hidden states of real tokens only, packed `[T, D]`; of several
+                sub-networks, sequences of one stand together, the deepest and widest first.
 
         Returns:
             `last_hidden_state` `[B, S, D]` (zero at padding), `pooler_output` `[B, D]`,
@@ -594,7 +576,7 @@ class DynaBertModel(DynaBertPreTrainedModel):
         )
         output = BaseModelOutputWithPooling(
             last_hidden_state=packed.unpack(x) if unpack else x,
-            pooler_output=self.pooler(x[packed.offsets[:-1]]),
+            pooler_output=self.pooler(packed.first(x)),
             hidden_states=_hidden_output(hidden, packed, keep, unpack),
         )
         return output if _flag(return_dict, self.config.return_dict) else output.to_tuple()
@@ -618,7 +600,7 @@ class DynaBertForSequenceClassification(DynaBertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        subnet: Subnet | None = None,
+        subnet: Subnet | Sequence[Subnet] | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         unpack: bool = True,
@@ -631,7 +613,8 @@ class DynaBertForSequenceClassification(DynaBertPreTrainedModel):
             token_type_ids: `[B, S]` int64.
             position_ids: `[B, S]` int64.
             labels: `[B]` int64 classes, or `[B]` floats for regression (`num_labels=1`).
-            subnet: The sub-network; default the view's (see `at`), else the whole model.
+            subnet: The sub-network, or a list of one for each sequence, which then run in one call;
+                default the view's (see `at`), else the whole model.
             output_hidden_states: Also return all hidden states.
             return_dict: `False` for a plain tuple.
             unpack: `False` returns hidden states packed `[T, D]`.
@@ -651,7 +634,7 @@ class DynaBertForSequenceClassification(DynaBertPreTrainedModel):
             self._choose(subnet),
             keep,
         )
-        first = x[packed.offsets[:-1]]
+        first = packed.first(x)
         if self.config.is_roberta:  # its head also drops out before the dense layer
             first = self.dropout(first)
         logits = self.classifier(self.dropout(self.dynabert.pooler(first)))

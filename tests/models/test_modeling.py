@@ -544,7 +544,7 @@ IDS = torch.full((2, 5), 7)
         ({"position_ids": IDS + 20}, "position_ids must be in 0 to 23, got 27 to 27"),
         ({"subnet": "w0.50-d1.00"}, "subnet must be a Subnet, got str"),
         ({"subnet": 0.5}, "subnet must be a Subnet, got float"),
-        ({"subnet": [1]}, "subnet must be a Subnet, got list"),
+        ({"subnet": [1]}, "subnet must be a Subnet, got int"),
         ({"subnet": 0}, "subnet must be a Subnet, got int"),
         ({"subnet": Subnet((4,), (1,), (1,))}, "layers must be in 0 to 3, got 4"),
         ({"subnet": Subnet((0,), (5,), (1,))}, "heads of layer 0 must be in 1 to 4, got 5"),

@@ -130,11 +130,14 @@ def wheel(source, tmp_path_factory) -> Path:
 
 
 def python_files() -> set[str]:
-    return {
+    """As they are named in a wheel."""
+    own = {
         path.relative_to(ROOT).as_posix()
         for pattern in ("*.py", "*.j2", "py.typed")
         for path in (ROOT / "dynabert_fast").rglob(pattern)
     }
+    kernels = (ROOT / "kernels" / "triton").glob("*.py")
+    return own | {f"dynabert_fast/kernels/{path.name}" for path in kernels}
 
 
 @pytest.mark.slow

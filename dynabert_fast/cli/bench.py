@@ -67,7 +67,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _open(args: argparse.Namespace) -> CpuEngine:
-    from dynabert_fast.engine import load
+    from dynabert_fast.engine import CpuEngine, load
     from dynabert_fast.errors import InputError
 
     if Path(args.model).is_file():
@@ -77,7 +77,9 @@ def _open(args: argparse.Namespace) -> CpuEngine:
     shared.quiet_libraries()
     from dynabert_fast.training.pipeline import load_model
 
-    return load_model(args.model).pack(args.dtype or "int8", args.threads)
+    engine = load_model(args.model).pack(args.dtype or "int8", args.threads)
+    assert isinstance(engine, CpuEngine)  # the model is on the CPU
+    return engine
 
 
 def _times(engine: CpuEngine, subnets: list[Subnet], ids: np.ndarray, rounds: int) -> list[float]:

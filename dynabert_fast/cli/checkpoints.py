@@ -164,6 +164,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _pack(args: argparse.Namespace) -> None:
     shared.quiet_libraries()
+    from dynabert_fast.engine import CpuEngine
     from dynabert_fast.files import old_or_new_folder
 
     path: Path = args.output
@@ -171,6 +172,7 @@ def _pack(args: argparse.Namespace) -> None:
     if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists; name another file, or delete it first")
     engine = _load_any(args.checkpoint).pack(args.dtype, threads=1)
+    assert isinstance(engine, CpuEngine)  # the model is on the CPU
     path.parent.mkdir(parents=True, exist_ok=True)
     engine.save(path)
     print(f"saved: {path} ({args.dtype}, {path.stat().st_size:,} bytes)")

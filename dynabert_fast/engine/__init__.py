@@ -1,10 +1,13 @@
-"""The CPU engine: every sub-network of a model from one packed buffer, without torch.
+"""Engines: every sub-network of a model from one copy of its weights.
+
+On a CPU, from one packed buffer and without torch:
 
     engine = model.pack(dtype="int8")         # from a torch model, or
     engine = load("model.dynabert")           # from a file that engine.save wrote
     engine(input_ids, attention_mask, subnet=Subnet.from_multipliers(engine.config, 0.5, 0.75))
 
-The engine needs numpy only, the tokenizer the package `tokenizers`; the names load on first use.
+That engine needs numpy only, the tokenizer the package `tokenizers`. On a GPU, `model.pack()` gives
+a `GpuEngine`, which needs torch. The names load on first use.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ from dynabert_fast.engine.native import DTYPES, ISA_VARIABLE
 
 if TYPE_CHECKING:
     from dynabert_fast.engine.cpu import CpuEngine, EngineOutput, isas, load, measure_peak
+    from dynabert_fast.engine.gpu import GpuEngine
     from dynabert_fast.engine.packing import PackedConfig, pack
     from dynabert_fast.engine.tokenizer import Tokenizer
 
 _HOMES = {
     "CpuEngine": "cpu",
     "EngineOutput": "cpu",
+    "GpuEngine": "gpu",
     "PackedConfig": "packing",
     "Tokenizer": "tokenizer",
     "isas": "cpu",
@@ -35,6 +40,7 @@ __all__ = [
     "ISA_VARIABLE",
     "CpuEngine",
     "EngineOutput",
+    "GpuEngine",
     "PackedConfig",
     "Tokenizer",
     "isas",

@@ -40,6 +40,7 @@ from dynabert_fast.subnet import Subnet
 
 if TYPE_CHECKING:
     from dynabert_fast.engine import CpuEngine
+    from dynabert_fast.engine.gpu import GpuEngine
 
 _HUB_KEYS = (
     "cache_dir",
@@ -319,20 +320,28 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         return model
 
     def pack(
-        self, dtype: str = "int8", threads: int | None = None, isa: str | None = None
-    ) -> CpuEngine:
-        """A CPU engine with this model's function: one packed copy of the weights, no torch inside.
+        self, dtype: str | None = None, threads: int | None = None, isa: str | None = None
+    ) -> CpuEngine | GpuEngine:
+        """An engine with this model's function, for the device that the model is on.
 
-        It is called like the model, and runs every sub-network from the same bytes.
+        It is called like the model, and runs every sub-network from one copy of the weights. On a
+        CPU that is a packed copy, without torch inside; on a GPU calls are CUDA graphs.
 
         Args:
-            dtype: `fp32`, `bf16` or `int8` (one scale per output column, one per token).
-            threads: Threads of a call; default all that the process may use.
-            isa: Instruction set; default the best that the processor has.
+            dtype: On a CPU `int8` (default; one scale per output column, one per token), `bf16` or
+                `fp32`; on a GPU `bf16` (default), `fp16` or `fp32`.
+            threads: On a CPU, threads of a call; default all that the process may use.
+            isa: On a CPU, the instruction set; default the best that the processor has.
 
         Raises:
             InputError: An argument is unknown, or the weights cannot be quantised.
         """
+        if self.device.type == "cuda":
+            from dynabert_fast.engine.gpu import GpuEngine
+
+            if threads is not None or isa is not None:
+                raise InputError("threads and isa are a CPU engine's; this model is on a GPU")
+            return GpuEngine(self, dtype or "bf16")
         from dynabert_fast.engine import CpuEngine, PackedConfig, pack
 
         state = self.state_dict()
@@ -343,7 +352,7 @@ class DynaBertPreTrainedModel(PreTrainedModel):
             tensor = state[name if name.startswith("classifier.") else prefix + name]
             return tensor.detach().float().cpu().numpy()
 
-        config = PackedConfig.of(self.config, dtype, labels)
+        config = PackedConfig.of(self.config, dtype or "int8", labels)
         return CpuEngine(config, pack(config, weight), threads, isa)
 
     @torch.no_grad()

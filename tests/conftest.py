@@ -32,6 +32,11 @@ PAD = {family: 0 if family == "bert" else 1 for family in FAMILIES}
 DROPOUT_OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Values large enough that every parameter matters: the usual 0.02 nearly hides attention."""

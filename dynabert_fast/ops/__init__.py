@@ -26,7 +26,12 @@ import torch
 from torch import Tensor
 
 from dynabert_fast.errors import InputError
-from dynabert_fast.ops import autograd, cpp, reference  # noqa: F401 (backends register themselves)
+from dynabert_fast.ops import (  # noqa: F401 (backends register themselves)
+    autograd,
+    cpp,
+    reference,
+    triton,
+)
 from dynabert_fast.ops.registry import backends, forced_backend, use_backend
 
 __all__ = [

@@ -125,14 +125,15 @@ def _choose(
     refusals = []
     for name, backend in backends().items():
         if reason := backend.reason_against(kernel, device, dtype):
-            refusals.append(f"{name} {reason}")
+            refusals.append((backend, f"{name} {reason}"))
             continue
-        if refusals:
-            logger.info(
-                "%s on %s %s: %s, because %s", kernel, device, dtype, name, "; ".join(refusals)
-            )
+        # That another device's backend is not for this one goes without saying.
+        said = [why for b, why in refusals if not b.devices or device.type in b.devices]
+        if said:
+            logger.info("%s on %s %s: %s, because %s", kernel, device, dtype, name, "; ".join(said))
         return backend.kernels[kernel]
-    raise InputError(f"no backend computes {kernel} on {device} {dtype}: {'; '.join(refusals)}")
+    reasons = "; ".join(why for _, why in refusals)
+    raise InputError(f"no backend computes {kernel} on {device} {dtype}: {reasons}")
 
 
 def _check_known(name: str) -> None:

@@ -79,9 +79,10 @@ def test_a_refusal_falls_back_with_its_reason_or_raises_it_when_forced(
     with caplog.at_level(logging.INFO, registry.logger.name):
         expand()
     assert calls == []
-    (record,) = caplog.records
-    assert record.levelno == logging.INFO
-    assert record.getMessage() == f"expand on cpu torch.float32: reference, because cpp {reason}"
+    said = [(record.levelno, record.getMessage()) for record in caplog.records]
+    message = f"expand on cpu torch.float32: reference, because cpp {reason}"
+    # That a GPU's backend does not serve a CPU goes without saying.
+    assert said == ([] if "devices" in limits else [(logging.INFO, message)])
     with ops.use_backend("cpp"), pytest.raises(InputError) as error:
         expand()
     assert str(error.value) == f"the forced backend 'cpp' cannot compute expand: it {reason}"

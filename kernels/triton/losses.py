@@ -49,10 +49,14 @@ _SUM = Config.of(warps=4, BLOCK=1024)
 
 
 @triton.jit
-def _logits(base, stride, rows, columns, inside):
-    """Logits `[ROWS, BLOCK_C]`, float32, less their row's largest; -inf beyond C."""
-    x = tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside, other=float("-inf"))
-    x = x.to(tl.float32)
+def _logits(base, stride, rows, columns, count, C: tl.constexpr):
+    """Logits `[ROWS, BLOCK_C]`, float32, less their row's largest; -inf beyond C.
+
+    Rows beyond the last are that one again: a row of -inf would be NaN.
+    """
+    rows = tl.minimum(rows, count - 1)
+    at = base + rows[:, None] * stride + columns[None, :]
+    x = tl.load(at, mask=(columns < C)[None, :], other=float("-inf")).to(tl.float32)
     return x - tl.max(x, 1)[:, None]
 
 
@@ -73,14 +77,12 @@ def _soft_cross_entropy(
     losses = tl.zeros([ROWS], tl.float32)
     for first in range(0, count, ROWS):
         rows = first + tl.arange(0, ROWS).to(tl.int64)
-        inside = (rows < count)[:, None] & (columns < C)[None, :]
-        s = _logits(student, student_stride, rows, columns, inside)
-        t = _logits(teacher, teacher_stride, rows, columns, inside)
+        s = _logits(student, student_stride, rows, columns, count, C)
+        t = _logits(teacher, teacher_stride, rows, columns, count, C)
         log_student = s - tl.log(tl.sum(tl.exp(s), 1))[:, None]
+        log_student = tl.where((columns < C)[None, :], log_student, 0.0)  # 0 * -inf is NaN
         weights = tl.exp(t)
-        # Beyond C it is 0 times -inf, and rows beyond the last are all NaN.
-        products = tl.where(inside, weights * log_student, 0.0)
-        row_losses = tl.div_rn(tl.sum(products, 1), tl.sum(weights, 1))
+        row_losses = tl.div_rn(tl.sum(weights * log_student, 1), tl.sum(weights, 1))
         losses -= tl.where(rows < count, row_losses, 0.0)
     tl.store(out, tl.div_rn(tl.sum(losses, 0), count * 1.0))
 
@@ -102,8 +104,8 @@ def _soft_cross_entropy_backward(
     columns = tl.arange(0, BLOCK_C)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (rows < count)[:, None] & (columns < C)[None, :]
-    s = tl.exp(_logits(student, student_stride, rows, columns, inside))
-    t = tl.exp(_logits(teacher, teacher_stride, rows, columns, inside))
+    s = tl.exp(_logits(student, student_stride, rows, columns, count, C))
+    t = tl.exp(_logits(teacher, teacher_stride, rows, columns, count, C))
     s *= tl.div_rn(1.0, tl.sum(s, 1))[:, None]
     t *= tl.div_rn(1.0, tl.sum(t, 1))[:, None]
     difference = tl.div_rn(tl.load(grad).to(tl.float32), count * 1.0) * (s - t)

@@ -21,11 +21,11 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import torch
-from dynabert_fast.kernels.common import Config, Specimen, bucket, choose, keep_mask, type_name
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from dynabert_fast.kernels.common import Config, Specimen, bucket, choose, keep_mask, type_name
 
 # TILE: values in a program's tile, rows times D rounded up to a power of two. A thread of the first
 # ones holds 8 or 16: one or two 16-byte accesses of bf16. Of those, a call takes what holds a row.
@@ -417,5 +417,4 @@ def specimen(
     constants = constants | dict(config.blocks)
     names = kernel.arg_names  # type: ignore[attr-defined]
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    shown = " ".join(f"{n}={v}" for n, v in config.blocks)
-    return Specimen(kernel, f"{name} ({shown}, {config.warps} warps)", signature, constants, config)
+    return Specimen(kernel, name, signature, constants, config)

@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 NATIVE = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 INPUTS = pyproject.toml constraints.txt setup.py csrc/CMakeLists.txt $(filter-out csrc/tests/%,$(NATIVE))
 
-.PHONY: help quickstart test native-test arm-test lint bench bench-peers clean
+.PHONY: help quickstart test native-test arm-test lint bench bench-peers gpu clean
 .NOTPARALLEL:  # two targets may want to install into the same environment
 
 help:  ## Show this list
@@ -16,6 +16,7 @@ quickstart: $(VENV)/.quickstart  ## Make the environment and run the demonstrati
 test: $(VENV)/.dev  ## Make the environment and run every test: the fast ones, the slow ones, those in C++
 	$(BIN)/pytest -q -m "not slow"
 	$(BIN)/pytest -q -m slow
+	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/kernels
 	$(MAKE) native-test
 
 COMMA := ,
@@ -46,10 +47,16 @@ lint: $(VENV)/.dev  ## Check style, formatting and types
 	$(if $(NATIVE),$(BIN)/clang-format --dry-run --Werror $(NATIVE))
 
 bench: $(VENV)/.dev  ## Run the benchmarks
-	$(BIN)/pytest -q benchmarks --benchmark-only --ignore=benchmarks/bench_cpu_engine.py
+	$(BIN)/pytest -q benchmarks --benchmark-only --ignore=benchmarks/bench_cpu_engine.py --ignore=benchmarks/bench_gpu.py
 
 bench-peers: $(VENV)/.peers  ## Compare the CPU engine with ONNX Runtime, OpenVINO, zentorch and torch.compile
 	$(BIN)/pytest -q benchmarks/bench_cpu_engine.py --benchmark-only
+
+GPU_PYTHON ?= python3
+gpu:  ## On a machine with a GPU: install into GPU_PYTHON, whose torch sees it, test and measure
+	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(GPU_PYTHON) -m pytest -q -m gpu tests
+	$(GPU_PYTHON) -m pytest -q benchmarks/bench_gpu.py --benchmark-only
 
 clean:  ## Remove the environment, build outputs and caches
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache

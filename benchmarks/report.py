@@ -7,12 +7,15 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dynabert_fast.engine import isas
 
@@ -28,11 +31,17 @@ class Report:
         title: Heading.
         source: Benchmark that writes it.
         packages: Whose versions it states.
+        file: Name without suffix.
+        isa: Of what was measured; default the CPU engine's.
+        page: Document that also gets the table of bars.
     """
 
     title: str
     source: str
     packages: tuple[str, ...]
+    file: str
+    isa: str = ""
+    page: Path | None = None
 
 
 REPORTS = {
@@ -40,11 +49,28 @@ REPORTS = {
         "The CPU engine against its peers",
         "bench_cpu_engine.py",
         ("numpy", "torch", "transformers", "zentorch", "onnx", "onnxruntime", "openvino", "nncf"),
+        "cpu_engine",
     ),
     "cpu_ops": Report(
-        "The ops in C++ against plain torch", "bench_ops.py", ("torch", "transformers")
+        "The ops in C++ against plain torch", "bench_ops.py", ("torch", "transformers"), "cpu_ops"
     ),
 }
+
+
+def gpu_report(device: str) -> None:
+    """Name the GPU's report after the card."""
+    card, capability = device, ""
+    if device == "cuda":
+        card = torch.cuda.get_device_name()
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    REPORTS["gpu"] = Report(
+        f"BERT-base on {card}",
+        "bench_gpu.py",
+        ("torch", "transformers", "triton"),
+        re.sub(r"\W+", "-", card).strip("-").lower(),
+        capability,
+        RESULTS.parents[1] / "docs" / "gpu.md",
+    )
 
 
 def write(name: str, cases: dict[str, Any], peaks: dict[str, float]) -> Path:
@@ -59,9 +85,9 @@ def write(name: str, cases: dict[str, Any], peaks: dict[str, float]) -> Path:
         peaks: Operations per second of one thread, for each type.
     """
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / f"{REPORTS[name].file}.json"
     head = {
-        "machine": _machine(isas()[0]),
+        "machine": _machine(REPORTS[name].isa or isas()[0]),
         "versions": versions(REPORTS[name].packages),
         "commit": _commit(),
     }
@@ -74,6 +100,8 @@ def write(name: str, cases: dict[str, Any], peaks: dict[str, float]) -> Path:
     found = head | {"date": date, "gops_per_thread": rates, "cases": cases}
     path.write_text(json.dumps(found, indent=1) + "\n")
     path.with_suffix(".md").write_text("\n".join(_markdown(REPORTS[name], found)) + "\n")
+    if page := REPORTS[name].page:
+        _replace_table(page, "\n".join([*_head(REPORTS[name], found), "", *_bars(found)]))
     return path.with_suffix(".md")
 
 
@@ -115,20 +143,26 @@ def _machine(isa: str) -> dict[str, Any]:
     }
 
 
-def _markdown(report: Report, found: dict[str, Any]) -> Iterator[str]:
+def _replace_table(page: Path, table: str) -> None:
+    """Put the table between the page's two marks."""
+    before, begin, rest = page.read_text().partition("<!-- table -->\n")
+    _, end, after = rest.partition("<!-- /table -->")
+    page.write_text(f"{before}{begin}{table}\n{end}{after}")
+
+
+def _head(report: Report, found: dict[str, Any]) -> Iterator[str]:
     machine = found["machine"]
     peaks = ", ".join(f"{d} {p:g}" for d, p in found["gops_per_thread"].items())
-    yield f"# {report.title}"
-    yield ""
-    yield f"Written by `benchmarks/{report.source}`, which says what is measured and how."
-    yield ""
     yield f"- {machine['processor']}, {machine['cores']} cores, instruction set {machine['isa']}"
-    yield f"- peak of the matrix kernel, GOP/s a thread: {peaks}"
+    if peaks:
+        yield f"- peak of the matrix kernel, GOP/s a thread: {peaks}"
     yield f"- Python {machine['python']}, " + ", ".join(
         f"{name} {version}" for name, version in found["versions"].items()
     )
     yield f"- {found['date']}, commit {found['commit']}"
-    yield ""
+
+
+def _bars(found: dict[str, Any]) -> Iterator[str]:
     yield "| case | what | measured | asked for | limit | |"
     yield "|---|---|---|---|---|---|"
     for name, case in found["cases"].items():
@@ -138,6 +172,16 @@ def _markdown(report: Report, found: dict[str, Any]) -> Iterator[str]:
                 f"| {name} | {bar['what']} | {_number(bar['measured'])} | {_asked(bar)} | {limit} "
                 f"| {_verdict(bar)} |"
             )
+
+
+def _markdown(report: Report, found: dict[str, Any]) -> Iterator[str]:
+    yield f"# {report.title}"
+    yield ""
+    yield f"Written by `benchmarks/{report.source}`, which says what is measured and how."
+    yield ""
+    yield from _head(report, found)
+    yield ""
+    yield from _bars(found)
     for name, case in found["cases"].items():
         ratios = any("ratio" in row for row in case["rows"])
         shares = any("share" in row for row in case["rows"])

@@ -1,4 +1,4 @@
-"""`bench`: how fast the CPU engine runs here, and what it spends its time on."""
+"""`bench`: how fast the CPU engine runs here, and where its time goes; `tune`: a GPU's kernels."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
     from dynabert_fast.engine import CpuEngine
 
+_TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
 def add_commands(commands: Any) -> None:
-    """Add the command."""
+    """Add the commands."""
     parser = shared.add_command(
         commands,
         "bench",
@@ -44,6 +45,48 @@ dynabert-fast bench sst2/dynabert --profile --subnet w0.25-d0.50""",
         action="store_true",
         help="time, share of this processor's peak, and weights read, of each stage",
     )
+    parser = shared.add_command(
+        commands,
+        "tune",
+        "time the Triton kernels' configurations on this GPU, ahead of their first use",
+        """
+dynabert-fast tune sst2/dynabert
+dynabert-fast tune sst2/dynabert --tokens 16384 --train""",
+        _tune,
+    )
+    add = parser.add_argument
+    add("model", help="a checkpoint's folder or hub id")
+    add("--dtype", choices=tuple(_TORCH_TYPES), default="bf16", help="type (default bf16)")
+    add("--tokens", type=shared.COUNT, default=4096, metavar="N", help="most in a batch (4096)")
+    add("--length", type=shared.COUNT, default=128, metavar="N", help="of a sequence (default 128)")
+    add("--train", action="store_true", help="the kernels of a backward pass too")
+
+
+def _tune(args: argparse.Namespace) -> None:
+    import torch
+
+    from dynabert_fast.errors import InputError
+
+    if not torch.cuda.is_available():
+        raise InputError("tune needs a CUDA device, and torch sees none here")
+    shared.quiet_libraries()
+    from dynabert_fast.kernels import tuning
+    from dynabert_fast.training.pipeline import load_model
+
+    model = load_model(args.model).cuda().to(getattr(torch, _TORCH_TYPES[args.dtype]))
+    length = min(args.length, model.config.max_tokens)
+    model.train(args.train)
+    tokens = 16
+    while tokens <= args.tokens:
+        ids = torch.randint(1, model.config.vocab_size, (max(1, tokens // length), length)).cuda()
+        for subnet in grid(model.config):
+            with torch.set_grad_enabled(args.train):
+                logits = model(ids[:, :tokens], subnet=subnet).logits
+                if args.train:
+                    logits.float().sum().backward()
+        print(f"{tokens} tokens: {len(grid(model.config))} sub-networks")
+        tokens *= 2
+    print(f"choices: {tuning.cache_file(model.device)}")
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -174,7 +174,8 @@ class GpuEngine:
         alike = isinstance(chosen, list) and chosen and all(s == chosen[0] for s in chosen)
         if alike and len(chosen) == ids.shape[0]:
             chosen = chosen[0]
-        with self._turn, torch.no_grad():
+        # What lives longer than the call must not be an inference tensor, whoever calls.
+        with self._turn, torch.inference_mode(False), torch.no_grad():
             if isinstance(chosen, list) or output_hidden_states or not ids.numel():
                 output = self._plain(ids, mask, types, positions, chosen, output_hidden_states)
             else:

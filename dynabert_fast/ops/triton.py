@@ -33,6 +33,7 @@ _LEAST_CAPABILITY = (8, 0)
 
 def _kernel(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
+        importlib.import_module("dynabert_fast.kernels.tuning")  # chooses configurations from here
         module = importlib.import_module(f"dynabert_fast.kernels.{_FILES[name]}")
         return getattr(module, name)(*args)
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 #: Kernels run in Python on CPU tensors: for tests without a GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -130,6 +129,10 @@ class Config:
 
     def __getitem__(self, name: str) -> int:
         return dict(self.blocks)[name]
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in self.blocks)
+        return f"{sizes} w{self.warps} s{self.stages}"
 
     @property
     def arguments(self) -> dict[str, int]:

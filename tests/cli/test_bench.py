@@ -54,3 +54,12 @@ def test_refuses(cli, packed, options, message):
     assert result.code == 2
     assert message in result.err
     assert len(result.err.splitlines()) == 1
+
+
+def test_tune_needs_a_gpu(cli, checkpoints, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = cli("tune", checkpoints["classifier"])
+    assert result.code == 2
+    assert "tune needs a CUDA device, and torch sees none here" in result.err

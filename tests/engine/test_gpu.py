@@ -87,6 +87,14 @@ def test_outputs_are_the_callers_own(pair, device):
     assert torch.equal(engine(ids).last_hidden_state, kept)
 
 
+def test_first_called_in_inference_mode(pair, device):
+    _, engine = pair(base=True)
+    ids = torch.arange(4, 20, device=device)[None]
+    with torch.inference_mode():
+        want = engine(ids.clone()).last_hidden_state.clone()
+    assert torch.equal(engine(ids).last_hidden_state, want)
+
+
 def test_several_sub_networks_in_one_call(pair, make_batch, device):
     model, engine = pair()
     on = {k: v.to(device) for k, v in make_batch().items()}

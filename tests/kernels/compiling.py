@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from dynabert_fast.kernels.common import Specimen
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from dynabert_fast.kernels.common import Specimen
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 

@@ -12,8 +12,8 @@ of the stored weight `[K, D]`, and the weight's layout follows from where the ex
 
 The fourth, `weight_gradient`, sums over rows: `out[i, c] = sum_r left[r, i] right[r, c]`.
 
-**One extent or many.** With many, a program takes its rows and its extent from a table of row tiles
-(of row blocks, in `weight_gradient`); with one, it computes them, and the table is None.
+**One extent or many.** With many, a program takes its rows and its extent from a table of row
+tiles; with one, it computes them, and the table is None.
 
 **No extent is a constant, and none is hinted**, so that a switch of sub-network compiles nothing.
 But a mask `column < extent` of which the compiler knows nothing turns loads of 16 bytes, and the
@@ -556,7 +556,7 @@ def weight_gradient(
     sums_out.
 
     The table is of row tiles, widest first, so that the rows of a tile of i are a prefix of it and
-    one loop, not a loop in a loop over blocks, which took 80 registers more and spilt.
+    one loop. (A loop in a loop over row blocks took 80 registers more and spilt, for sm_80.)
     """
     row_tile, column = _place(tl.cdiv(height, BLOCK_I), tl.cdiv(D, BLOCK_C))
     i0 = row_tile * BLOCK_I
@@ -711,9 +711,9 @@ IEEE_GRADIENT_CONFIGS: tuple[Config, ...] = (
 )
 #: Of `slope` and `add_parts`, which only read and write.
 ELEMENTWISE_CONFIGS: tuple[Config, ...] = (
-    Config.of(warps=4, stages=1, BLOCK_M=16, BLOCK_N=256),
-    Config.of(warps=4, stages=1, BLOCK_M=4, BLOCK_N=1024),
-    Config.of(warps=8, stages=1, BLOCK_M=32, BLOCK_N=256),
+    Config.of(warps=4, stages=1, BLOCK_M=8, BLOCK_N=256),
+    Config.of(warps=4, stages=1, BLOCK_M=2, BLOCK_N=1024),
+    Config.of(warps=8, stages=1, BLOCK_M=16, BLOCK_N=256),
 )
 
 #: Programs that fill a GPU: the multiprocessors of an H200.
@@ -759,6 +759,14 @@ def _select(
 
     first = next((c for c in safe if fills(c)), safe[-1])
     return first, *(c for c in safe + wide if c is not first)
+
+
+def _stages(config: Config, stairs: bool) -> Config:
+    """With a table, the pipeline is shared between its loads and what is loaded where they say.
+
+    Twice the stages less one give the same number of tiles in shared memory (seen in Triton 3.9).
+    """
+    return dataclasses.replace(config, stages=2 * config.stages - 1) if stairs else config
 
 
 def _parts(programs: int, steps: int) -> int:
@@ -924,8 +932,7 @@ def _weight_gradient(
             target_height = widest
             target = out.new_empty(parts, widest, hidden, dtype=torch.float32)
             target_sums = target.new_empty(parts, widest if side == "left" else hidden)
-        # The table's loads take a stage of the pipeline of what is loaded where they say.
-        arguments = config.arguments | {"num_stages": config.stages + stairs}
+        arguments = _stages(config, stairs).arguments
         programs = triton.cdiv(target_height, config["BLOCK_I"]) * across
         weight_gradient[(programs, parts)](
             left,
@@ -1147,8 +1154,8 @@ def _specimens(
             constants |= {"right_stride": _D, "out_stride": _D, "part_stride": 0}
             constants |= {"sums_stride": 0} | ({} if stairs else {"table": None})
             name = f"{kind} {precision} weight_gradient {side}{' stairs' if stairs else ''}"
-            deeper = dataclasses.replace(config, stages=config.stages + stairs)
-            yield _specimen(weight_gradient, name, types, constants, deeper)
+            deep = _stages(config, stairs)
+            yield _specimen(weight_gradient, name, types, constants, deep)
 
 
 def _elementwise(kind: str) -> Iterator[Specimen]:

@@ -17,7 +17,7 @@ from dynabert_fast.errors import InputError, SaveError
 
 COMMANDS = (
     "quickstart fit finetune rewire train-width train-depth train-final evaluate export pack "
-    "bench info"
+    "bench tune info"
 ).split()
 PROGRAM = [sys.executable, "-m", "dynabert_fast.cli.main"]
 

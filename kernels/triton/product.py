@@ -38,6 +38,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
 from dynabert_fast.kernels import common
 from dynabert_fast.kernels.common import (
     Config,
@@ -48,10 +52,6 @@ from dynabert_fast.kernels.common import (
     choose,
     row_tiles,
 )
-from torch import Tensor
-
-import triton
-import triton.language as tl
 
 INTERPRETED = tl.constexpr(common.INTERPRETED)
 #: A mask whose bound is a multiple of this allows copies of 16 bytes (in float32, of 32).
@@ -224,47 +224,13 @@ def _gradient_tile(
     acc = tl.zeros((BLOCK_I, BLOCK_C), tl.float32)
     sums = tl.zeros((BLOCK_I if BIAS == "left" else BLOCK_C,), tl.float32)
     acc, sums = _gradient_steps(
-        acc,
-        sums,
-        begin,
-        end,
-        left,
-        right,
-        table,
-        rows,
-        extent,
-        i,
-        c,
-        D,
-        left_stride,
-        right_stride,
-        False,
-        None,
-        BIAS,
-        PRECISION,
-        BLOCK_R,
-    )
+        acc, sums, begin, end, left, right, table, rows, extent, i, c, D, left_stride, right_stride,
+        False, None, BIAS, PRECISION, BLOCK_R,
+    )  # fmt: skip
     acc, sums = _gradient_steps(
-        acc,
-        sums,
-        begin,
-        tl.where(remainder, end, begin),
-        left,
-        right,
-        table,
-        rows,
-        extent,
-        i,
-        c,
-        D,
-        left_stride,
-        right_stride,
-        True,
-        1,
-        BIAS,
-        PRECISION,
-        BLOCK_R,
-    )
+        acc, sums, begin, tl.where(remainder, end, begin), left, right, table, rows, extent, i, c,
+        D, left_stride, right_stride, True, 1, BIAS, PRECISION, BLOCK_R,
+    )  # fmt: skip
     near = out + i0.to(tl.int64) * out_stride
     tl.store(
         near + ((i - i0)[:, None] * out_stride + c[None, :]),
@@ -384,36 +350,14 @@ def product(
     rounded = end // UNIT * UNIT
     for k in tl.range(begin, rounded, BLOCK_K):
         acc = _step(
-            acc,
-            a,
-            b,
-            k,
-            rounded,
-            near,
-            columns,
-            columns_in,
-            a_stride,
-            b_stride,
-            BOUND,
-            BLOCK_K,
+            acc, a, b, k, rounded, near, columns, columns_in, a_stride, b_stride, BOUND, BLOCK_K,
             PRECISION,
-        )
+        )  # fmt: skip
     for k in tl.range(tl.maximum(begin, rounded), end, REST, num_stages=1):
         acc = _step(
-            acc,
-            a,
-            b,
-            k,
-            end,
-            near,
-            columns,
-            columns_in,
-            a_stride,
-            b_stride,
-            BOUND,
-            REST,
+            acc, a, b, k, end, near, columns, columns_in, a_stride, b_stride, BOUND, REST,
             PRECISION,
-        )
+        )  # fmt: skip
 
     valid = D if BOUND == "k" else extent
     bound = width if FILL else valid
@@ -425,51 +369,18 @@ def product(
         first_half, second_half = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         n = n0 + tl.arange(0, BLOCK_N // 2)
         _finish(
-            first_half,
-            bias,
-            out,
-            pre,
-            rows_in,
-            m,
-            n,
-            valid,
-            bound,
-            out_stride,
-            pre_stride,
-            ACTIVATION,
-            FILL,
-        )
+            first_half, bias, out, pre, rows_in, m, n, valid, bound, out_stride, pre_stride,
+            ACTIVATION, FILL,
+        )  # fmt: skip
         _finish(
-            second_half,
-            bias,
-            out,
-            pre,
-            rows_in,
-            m,
-            n + BLOCK_N // 2,
-            valid,
-            bound,
-            out_stride,
-            pre_stride,
-            ACTIVATION,
-            FILL,
-        )
+            second_half, bias, out, pre, rows_in, m, n + BLOCK_N // 2, valid, bound, out_stride,
+            pre_stride, ACTIVATION, FILL,
+        )  # fmt: skip
     else:
         _finish(
-            acc,
-            bias,
-            out,
-            pre,
-            rows_in,
-            m,
-            n0 + n,
-            valid,
-            bound,
-            out_stride,
-            pre_stride,
-            ACTIVATION,
-            FILL,
-        )
+            acc, bias, out, pre, rows_in, m, n0 + n, valid, bound, out_stride, pre_stride,
+            ACTIVATION, FILL,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "extent"])
@@ -583,54 +494,15 @@ def weight_gradient(
     # Two copies of the loop: only few programs pay for the sums.
     if (column if BIAS == "left" else row_tile) == 0:
         _gradient_tile(
-            left,
-            right,
-            out,
-            sums_out,
-            table,
-            begin,
-            end,
-            remainder > 0,
-            rows,
-            extent,
-            height,
-            D,
-            left_stride,
-            right_stride,
-            out_stride,
-            i0,
-            c0,
-            BIAS,
-            PRECISION,
-            BLOCK_I,
-            BLOCK_C,
+            left, right, out, sums_out, table, begin, end, remainder > 0, rows, extent, height, D,
+            left_stride, right_stride, out_stride, i0, c0, BIAS, PRECISION, BLOCK_I, BLOCK_C,
             BLOCK_R,
-        )
+        )  # fmt: skip
     else:
         _gradient_tile(
-            left,
-            right,
-            out,
-            sums_out,
-            table,
-            begin,
-            end,
-            remainder > 0,
-            rows,
-            extent,
-            height,
-            D,
-            left_stride,
-            right_stride,
-            out_stride,
-            i0,
-            c0,
-            "",
-            PRECISION,
-            BLOCK_I,
-            BLOCK_C,
-            BLOCK_R,
-        )
+            left, right, out, sums_out, table, begin, end, remainder > 0, rows, extent, height, D,
+            left_stride, right_stride, out_stride, i0, c0, "", PRECISION, BLOCK_I, BLOCK_C, BLOCK_R,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["height", "bound", "part_count"])
@@ -817,29 +689,11 @@ def _product(
         split = parts > 1
         target = out.new_empty(parts, total, columns, dtype=torch.float32) if split else out
         product[(programs, parts)](
-            a,
-            b,
-            None if split else bias,
-            target,
-            pre,
-            tiles,
-            total,
-            count,
-            widest,
-            columns,
-            hidden,
-            a.stride(0),
-            b.stride(0),
-            target.stride(-2),
-            0 if pre is None else pre.stride(0),
-            target.stride(0) if split else 0,
-            bound,
-            activation,
-            fill,
-            split,
-            precision,
-            **config.arguments,
-        )
+            a, b, None if split else bias, target, pre, tiles, total, count, widest, columns,
+            hidden, a.stride(0), b.stride(0), target.stride(-2),
+            0 if pre is None else pre.stride(0), target.stride(0) if split else 0, bound,
+            activation, fill, split, precision, **config.arguments,
+        )  # fmt: skip
         if split:
             _add_parts(target, bias, out)
 
@@ -857,17 +711,9 @@ def _add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     def launch(config: Config) -> None:
         grid = triton.cdiv(height, config["BLOCK_M"]), triton.cdiv(columns, config["BLOCK_N"])
         add_parts[grid](
-            parts,
-            bias,
-            out,
-            height,
-            bound,
-            count,
-            columns,
-            parts.stride(0),
-            out.stride(0),
+            parts, bias, out, height, bound, count, columns, parts.stride(0), out.stride(0),
             **config.arguments,
-        )
+        )  # fmt: skip
 
     key = (out.dtype, bucket(height), bucket(columns), bias is None)
     _launch("add_parts", key, ELEMENTWISE_CONFIGS, launch)
@@ -886,18 +732,9 @@ def _slope(
         tiles = row_tiles(extents, rows, config["BLOCK_M"], grad.device) if stairs else None
         count = triton.cdiv(total, config["BLOCK_M"]) if tiles is None else tiles.shape[0]
         slope[(count, triton.cdiv(widest, config["BLOCK_N"]))](
-            grad,
-            pre,
-            out,
-            tiles,
-            total,
-            widest,
-            grad.stride(0),
-            pre.stride(0),
-            out.stride(0),
-            activation,
-            **config.arguments,
-        )
+            grad, pre, out, tiles, total, widest, grad.stride(0), pre.stride(0), out.stride(0),
+            activation, **config.arguments,
+        )  # fmt: skip
 
     key = (grad.dtype, bucket(total), bucket(widest), stairs, activation)
     _launch("slope", key, ELEMENTWISE_CONFIGS, launch)
@@ -935,26 +772,11 @@ def _weight_gradient(
         arguments = _stages(config, stairs).arguments
         programs = triton.cdiv(target_height, config["BLOCK_I"]) * across
         weight_gradient[(programs, parts)](
-            left,
-            right,
-            target,
-            target_sums,
-            table,
-            count,
-            total,
-            widest,
-            target_height,
-            part_tiles,
-            hidden,
-            left.stride(0),
-            right.stride(0),
-            target.stride(-2),
-            target.stride(0) if parts > 1 else 0,
-            target_sums.stride(0) if parts > 1 else 0,
-            side,
-            precision,
-            **arguments,
-        )
+            left, right, target, target_sums, table, count, total, widest, target_height,
+            part_tiles, hidden, left.stride(0), right.stride(0), target.stride(-2),
+            target.stride(0) if parts > 1 else 0, target_sums.stride(0) if parts > 1 else 0, side,
+            precision, **arguments,
+        )  # fmt: skip
         if parts > 1:
             _add_parts(target, None, out)
             if side == "left":

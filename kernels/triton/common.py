@@ -70,8 +70,10 @@ def activation_slope(x, ACTIVATION: tl.constexpr):
         below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         return below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif ACTIVATION == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
-        return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        u = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+        s = tl.sigmoid(u)
+        # sigmoid(-u) is 1 - s with all its digits.
+        return s + x * s * tl.sigmoid(-u) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     elif ACTIVATION == "relu":
         return tl.where(x > 0.0, 1.0, 0.0)
     else:

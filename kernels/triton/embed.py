@@ -22,6 +22,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
 from dynabert_fast.kernels.common import Config, Specimen, bucket, choose, type_name
 from dynabert_fast.kernels.residual_norm import (
     CONFIGS,
@@ -34,10 +38,6 @@ from dynabert_fast.kernels.residual_norm import (
     outputs,
     specimen,
 )
-from torch import Tensor
-
-import triton
-import triton.language as tl
 
 # Places of a chunk: pieces are [3 T / 32, 2, D] float32, an eighth of the three times that grad_z
 # is read, in bf16. Columns of a program: 8 to a thread of one warp, one 16-byte access in bf16.

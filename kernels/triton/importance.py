@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dynabert_fast.kernels.common import Config, Specimen
-from dynabert_fast.kernels.residual_norm import dense, specimen
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from dynabert_fast.kernels.common import Config, Specimen
+from dynabert_fast.kernels.residual_norm import dense, specimen
 
 # TILE: products that a program computes at a time, rows times columns. A neuron's row is short and
 # its programs are many; heads are few, so that each asks for much at once.

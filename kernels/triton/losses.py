@@ -14,12 +14,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from dynabert_fast.kernels.common import Config, Specimen, bucket, choose, type_name
-from dynabert_fast.kernels.residual_norm import dense, specimen
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from dynabert_fast.kernels.common import Config, Specimen, bucket, choose, type_name
+from dynabert_fast.kernels.residual_norm import dense, specimen
 
 # TILE: values in a program's tile of logits, rows times C rounded up to a power of two. A call
 # takes the first that holds a row: a loss is one program's work, there is nothing to tune.
@@ -82,9 +82,9 @@ def _soft_cross_entropy(
         log_student = s - tl.log(tl.sum(tl.exp(s), 1))[:, None]
         log_student = tl.where((columns < C)[None, :], log_student, 0.0)  # 0 * -inf is NaN
         weights = tl.exp(t)
-        row_losses = tl.div_rn(tl.sum(weights * log_student, 1), tl.sum(weights, 1))
+        row_losses = tl.sum(weights * log_student, 1) / tl.sum(weights, 1)
         losses -= tl.where(rows < count, row_losses, 0.0)
-    tl.store(out, tl.div_rn(tl.sum(losses, 0), count * 1.0))
+    tl.store(out, tl.sum(losses, 0) / count)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -106,9 +106,9 @@ def _soft_cross_entropy_backward(
     inside = (rows < count)[:, None] & (columns < C)[None, :]
     s = tl.exp(_logits(student, student_stride, rows, columns, count, C))
     t = tl.exp(_logits(teacher, teacher_stride, rows, columns, count, C))
-    s *= tl.div_rn(1.0, tl.sum(s, 1))[:, None]
-    t *= tl.div_rn(1.0, tl.sum(t, 1))[:, None]
-    difference = tl.div_rn(tl.load(grad).to(tl.float32), count * 1.0) * (s - t)
+    s *= (1.0 / tl.sum(s, 1))[:, None]
+    t *= (1.0 / tl.sum(t, 1))[:, None]
+    difference = tl.load(grad).to(tl.float32) / count * (s - t)
     at = out + rows[:, None] * C + columns[None, :]
     tl.store(at, difference.to(out.dtype.element_ty), mask=inside)
 

@@ -57,10 +57,9 @@ _REDUCE = Config.of(warps=4, BLOCK_P=32, BLOCK_C=64)
 @triton.jit
 def normalise(z, inside, columns, weight, bias, eps, D: tl.constexpr):
     """LayerNorm of rows z `[ROWS, BLOCK_D]`, float32, 0 where not inside; also mean and 1/std."""
-    mean = tl.div_rn(tl.sum(z, 1), D * 1.0)
+    mean = tl.sum(z, 1) * (1.0 / D)
     centred = tl.where(inside, z - mean[:, None], 0.0)
-    variance = tl.div_rn(tl.sum(centred * centred, 1), D * 1.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) * (1.0 / D) + eps)
     w = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
     b = tl.load(bias + columns, mask=columns < D, other=0.0).to(tl.float32)
     return centred * rstd[:, None] * w[None, :] + b[None, :], mean, rstd
@@ -165,7 +164,7 @@ def _backward(
         bias_sum += g
         g *= w[None, :]
         # Joined, both sums go through one exchange between the warps.
-        level, along = tl.split(tl.div_rn(tl.sum(tl.join(g, g * n), 1), D * 1.0))
+        level, along = tl.split(tl.sum(tl.join(g, g * n), 1) * (1.0 / D))
         out = row_rstd[:, None] * (g - level[:, None] - n * along[:, None])
         at = rows[:, None] * D + columns[None, :]
         tl.store(grad_z + at, out.to(grad_z.dtype.element_ty), mask=inside)

@@ -1,13 +1,12 @@
 """Compile kernels for GPUs that are not there, and read what they need from the machine code.
 
-python tests/kernels/compiling.py           a table of all, in Markdown
-python tests/kernels/compiling.py 0 2       the first of two halves, a line of JSON each
+python tests/kernels/compiling.py             a table of all, in Markdown
+python tests/kernels/compiling.py whole 0 2   the first of two halves, a line of JSON each
 """
 
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import os
 import pkgutil
@@ -78,10 +77,20 @@ def compile_for(specimen: Specimen, capability: int) -> Resources:
     return Resources(found["REG"], found["STACK"], compiled.metadata.shared)
 
 
-def compile_all() -> dict[tuple[str, int], Resources | str]:
+def jobs(whole: bool) -> list[tuple[Specimen, int]]:
+    """Every specimen for every capability; or for the last one every fourth only."""
+    return [
+        (specimen, capability)
+        for i, specimen in enumerate(specimens())
+        for capability in CAPABILITIES
+        if whole or capability != CAPABILITIES[-1] or i % 4 == 0
+    ]
+
+
+def compile_all(whole: bool) -> dict[tuple[str, int], Resources | str]:
     """By label and capability; what failed as its message. One process for each processor."""
     count = len(os.sched_getaffinity(0))
-    command = [sys.executable, "-W", "ignore", __file__]
+    command = [sys.executable, "-W", "ignore", __file__, "whole" if whole else "most"]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     parts = [
         subprocess.Popen([*command, str(i), str(count)], stdout=subprocess.PIPE, env=env)
@@ -97,9 +106,8 @@ def compile_all() -> dict[tuple[str, int], Resources | str]:
     return found
 
 
-def _print_part(part: int, parts: int) -> None:
-    everything = itertools.product(specimens(), CAPABILITIES)
-    for specimen, capability in itertools.islice(everything, part, None, parts):
+def _print_part(whole: bool, part: int, parts: int) -> None:
+    for specimen, capability in jobs(whole)[part::parts]:
         try:
             result = asdict(compile_for(specimen, capability))
         except Exception as error:  # noqa: BLE001 (a compiler may raise anything; it is reported)
@@ -108,7 +116,7 @@ def _print_part(part: int, parts: int) -> None:
 
 
 def _print_table() -> None:
-    found = compile_all()
+    found = compile_all(whole=True)
     print("| kernel, configuration |" + "".join(f" sm_{c} |" for c in CAPABILITIES))
     print("|---|" + "---|" * len(CAPABILITIES))
     for name in dict.fromkeys(name for name, _ in sorted(found)):
@@ -125,7 +133,7 @@ def _print_table() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        _print_part(int(sys.argv[1]), int(sys.argv[2]))
+    if len(sys.argv) == 4:
+        _print_part(sys.argv[1] == "whole", int(sys.argv[2]), int(sys.argv[3]))
     else:
         _print_table()

@@ -1,7 +1,8 @@
 """Every kernel with every shipped configuration, compiled for GPUs that need not be there.
 
 What is compiled for a card must fit it and not spill: registers that go to memory would cost more
-than any other choice of a configuration. `python tests/kernels/compiling.py` prints the table.
+than any other choice of a configuration. For sm_100 every fourth is compiled here;
+`python tests/kernels/compiling.py` compiles all (7 minutes on two cores) and prints the table.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def test_labels_are_told_apart():
 
 @pytest.fixture(scope="session")
 def compiled():
-    return compiling.compile_all()
+    return compiling.compile_all(whole=False)
 
 
 @pytest.mark.slow
@@ -49,7 +50,10 @@ def compiled():
 @pytest.mark.parametrize("specimen", ALL, ids=compiling.label)
 def test_fits_and_does_not_spill(compiled, specimen):
     for capability, most in SHARED.items():
-        found = compiled[compiling.label(specimen), capability]
+        found = compiled.get((compiling.label(specimen), capability))
+        if found is None and capability == 100:
+            continue
+        assert found is not None, "the compiler died"
         assert not isinstance(found, str), found
         assert found.registers <= REGISTERS
         assert found.shared <= most

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from dynabert_fast.kernels import common, product
 from dynabert_fast.kernels.common import Config
-from torch.nn import functional as F
 
 _PATH = Path(__file__).parents[1] / "ops" / "conftest.py"
 _SPEC = importlib.util.spec_from_file_location("ops_conftest", _PATH)

@@ -83,8 +83,9 @@ def activation_slope(x, ACTIVATION: tl.constexpr):
 # --- row blocks -----------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=256)
-def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+# Tables are kept: making one costs the host more than a launch, and its copy to the device waits
+# for the device. A first call inside the capture of a graph would copy; engines warm up before.
+def _table(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32).reshape(len(rows), -1).to(device)
 
 
@@ -95,22 +96,34 @@ def row_tiles(
 
     Widest first: a long sum that starts last would be waited for.
     """
+    return _row_tiles(tuple(extents), tuple(rows), block, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _row_tiles(
+    extents: tuple[int, ...], rows: tuple[int, ...], block: int, device: torch.device
+) -> Tensor:
     tiles, start = [], 0
     for extent, count in zip(extents, rows, strict=True):
         for row in range(start, start + count, block):
             tiles.append((row, min(row + block, start + count), extent))
         start += count
-    return _table(tuple(sorted(tiles, key=lambda t: -t[2])), device)
+    return _table(sorted(tiles, key=lambda t: -t[2]), device)
 
 
 def row_blocks(extents: Sequence[int], rows: Sequence[int], device: torch.device) -> Tensor:
     """`[blocks, 3]` int32, as `row_tiles` with one tile a block; empty blocks are left out."""
+    return _row_blocks(tuple(extents), tuple(rows), device)
+
+
+@functools.lru_cache(maxsize=256)
+def _row_blocks(extents: tuple[int, ...], rows: tuple[int, ...], device: torch.device) -> Tensor:
     blocks, start = [], 0
     for extent, count in zip(extents, rows, strict=True):
         if count:
             blocks.append((start, start + count, extent))
         start += count
-    return _table(tuple(blocks), device)
+    return _table(blocks, device)
 
 
 # --- configurations -------------------------------------------------------------------------------

@@ -90,8 +90,9 @@ class _Results:
 class GpuEngine:
     """A model on a GPU in one type; every sub-network runs from the same weights.
 
-    But for last bits a sequence's result does not depend on its batch-mates. Calls may come from several threads and
-    on several streams; they run one after the other. Outputs are the caller's own.
+    But for last bits a sequence's result does not depend on its batch-mates. Calls may come from
+    several threads and on several streams; they run one after the other. Outputs are the caller's
+    own.
 
     Args:
         model: Its weights are copied in the type; it is not needed afterwards.

@@ -38,7 +38,7 @@ CONFIGS = (
     Config.of(warps=4, TILE=2048),
 )
 # A tile is all that a program has in flight, unless AHEAD asks for tiles that are copied to shared
-# memory while it computes. The last ones need 48 KB, in float32.
+# memory while it computes: 33 KB in the last one, in float32.
 BACKWARD_CONFIGS = (
     Config.of(warps=4, TILE=2048, AHEAD=1),
     Config.of(warps=8, TILE=4096, AHEAD=1),
@@ -48,8 +48,8 @@ BACKWARD_CONFIGS = (
     Config.of(warps=8, TILE=2048, AHEAD=3),
 )
 # Partial sums of weight's gradient are [programs, 2, D] float32, written and read again: with 16
-# rows or more to each, at most a fifth of the memory traffic in bf16, and it stays in the L2 cache.
-# 512 programs fill 132 processors four times at once.
+# rows or more to each, at most a sixth of the memory traffic in bf16, and it stays in the L2 cache.
+# 132 processors hold 512 programs of 128 threads at once.
 _ROWS_EACH, _PROGRAMS = 16, 512
 _REDUCE = Config.of(warps=4, BLOCK_P=32, BLOCK_C=64)
 

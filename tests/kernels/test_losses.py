@@ -204,3 +204,14 @@ def test_sum_of_many_pairs(randn, dtype):
 def test_nothing_among_many_pairs_is_nan():
     pairs = [torch.ones(2, 3), torch.ones(0, 3)]
     assert losses.hidden_mse_many(pairs, pairs).isnan()
+
+
+@pytest.mark.parametrize("kernel", ["soft_cross_entropy", "hidden_mse"])
+def test_counts_of_bytes_are_those_of_the_tensors(randn, dtype, kernel):
+    pair = [randn(7, 3).to(dtype) for _ in range(2)]
+    loss = getattr(losses, kernel)(*pair)
+    grad = getattr(losses, f"{kernel}_backward")(loss, *pair)
+    read = sum(t.nbytes for t in pair)
+    assert losses.bytes_and_flops(kernel, 21, dtype.itemsize)[0] == read + loss.nbytes
+    backward = losses.bytes_and_flops(f"{kernel}_backward", 21, dtype.itemsize)[0]
+    assert backward == read + loss.nbytes + grad.nbytes

@@ -195,3 +195,20 @@ def test_a_row_is_independent_of_the_others(randn, dtype):
     got = ops.residual_norm(spoilt, residual, weight, bias, EPS)
     assert torch.equal(got[4], whole[4])
     assert torch.equal(ops.residual_norm(x[4:5], residual[4:5], weight, bias, EPS), whole[4:5])
+
+
+def size(*tensors):
+    return sum(t.nbytes for t in tensors)
+
+
+@pytest.mark.parametrize("with_seed", [False, True])
+def test_counts_of_bytes_are_those_of_the_tensors(randn, seed, dtype, with_seed):
+    seed = seed if with_seed else None
+    inputs = [t.to(dtype) for t in (*randn(2, 7, D), *randn(2, D))]
+    outputs = residual_norm.residual_norm(*inputs, EPS, P, seed)
+    count = residual_norm.bytes_and_flops
+    item = dtype.itemsize
+    assert count("residual_norm", 7, D, item)[0] == size(*inputs, *outputs)
+    call = (inputs[0], *outputs[1:], inputs[2])
+    grads = residual_norm.residual_norm_backward(*call, P, seed)
+    assert count("residual_norm_backward", 7, D, item, with_seed)[0] == size(*call, *grads)

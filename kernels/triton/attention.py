@@ -424,7 +424,8 @@ def _configs(*sizes: tuple[int, int, int, int]) -> tuple[Config, ...]:
     return tuple(Config.of(w, s, BLOCK_M=m, BLOCK_N=n) for m, n, w, s in sizes)
 
 
-#: By kernel, type (`_kind`) and head size (64 serves the smaller ones too).
+#: By kernel, type (`_kind`) and head size (64 serves the smaller ones too). The first is used where
+#: none is measured, the last where strides are not round.
 CONFIGS: dict[str, dict[tuple[str, int], tuple[Config, ...]]] = {
     "attention_short": {
         ("half", 64): _configs(
@@ -432,7 +433,7 @@ CONFIGS: dict[str, dict[tuple[str, int], tuple[Config, ...]]] = {
             (128, 128, 8, 1),
             (32, 128, 4, 1),
             (64, 64, 4, 1),
-            (32, 64, 2, 1),
+            (32, 64, 4, 1),
             (16, 64, 2, 1),
             (32, 32, 2, 1),
             (16, 16, 1, 1),
@@ -445,77 +446,75 @@ CONFIGS: dict[str, dict[tuple[str, int], tuple[Config, ...]]] = {
             (32, 32, 2, 1),
             (16, 16, 1, 1),
         ),
-        ("half", 256): _configs((64, 64, 8, 1), (32, 64, 8, 1), (32, 32, 4, 1), (16, 16, 2, 1)),
-        ("tf32", 64): _configs(
-            (32, 128, 4, 1), (64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 2, 1), (16, 16, 1, 1)
-        ),
-        ("tf32", 128): _configs((32, 32, 4, 1), (16, 16, 2, 1)),
+        ("half", 256): _configs((64, 64, 8, 1), (32, 32, 4, 1), (16, 16, 2, 1)),
+        ("tf32", 64): _configs((32, 128, 4, 1), (64, 64, 4, 1), (32, 32, 2, 1), (16, 16, 1, 1)),
+        ("tf32", 128): _configs((64, 64, 8, 1), (32, 32, 4, 1), (16, 16, 2, 1)),
         ("tf32", 256): _configs((16, 16, 4, 1)),
-        ("ieee", 64): _configs(
-            (32, 128, 8, 1), (64, 64, 8, 1), (32, 64, 4, 1), (32, 32, 4, 1), (16, 16, 2, 1)
-        ),
-        ("ieee", 128): _configs((32, 32, 8, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
-        ("ieee", 256): _configs((16, 32, 8, 1), (16, 16, 4, 1)),
+        ("ieee", 64): _configs((64, 64, 8, 1), (32, 32, 4, 1), (16, 16, 2, 1)),
+        ("ieee", 128): _configs((32, 32, 8, 1), (16, 16, 4, 1)),
+        ("ieee", 256): _configs((16, 16, 4, 1)),
     },
     "attention": {
         ("half", 64): _configs(
-            (128, 64, 8, 2),
-            (64, 64, 4, 2),
-            (64, 128, 8, 2),
-            (128, 128, 8, 2),
-            (64, 32, 4, 3),
-            (32, 64, 4, 2),
+            (128, 64, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2), (64, 32, 4, 3), (32, 64, 4, 2)
         ),
-        ("half", 128): _configs((64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+        ("half", 128): _configs((64, 64, 8, 2), (128, 64, 8, 2), (32, 32, 4, 2)),
         ("half", 256): _configs((64, 32, 8, 2), (32, 32, 4, 2)),
-        ("tf32", 64): _configs((64, 32, 4, 2)),
-        ("tf32", 128): _configs((32, 32, 4, 2)),
+        ("tf32", 64): _configs((64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+        ("tf32", 128): _configs((64, 32, 8, 2), (32, 32, 4, 2)),
         ("tf32", 256): _configs((32, 16, 8, 2)),
-        ("ieee", 64): _configs((64, 32, 8, 2), (32, 64, 8, 2), (32, 32, 4, 2)),
+        ("ieee", 64): _configs((64, 32, 8, 2), (32, 32, 4, 2)),
         ("ieee", 128): _configs((32, 16, 4, 2)),
-        ("ieee", 256): _configs((32, 16, 8, 2), (16, 32, 8, 1), (16, 16, 4, 1)),
+        ("ieee", 256): _configs((32, 16, 8, 2)),
     },
     "attention_backward_short": {
         ("half", 64): _configs(
-            (128, 64, 8, 1),
+            (128, 64, 8, 2),
             (128, 32, 8, 1),
             (64, 64, 4, 1),
             (64, 64, 8, 1),
-            (64, 32, 4, 1),
             (32, 32, 2, 1),
             (16, 16, 1, 1),
         ),
         ("half", 128): _configs((64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1), (16, 16, 2, 1)),
-        ("half", 256): _configs((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 4, 1)),
-        ("tf32", 64): _configs((32, 32, 4, 1), (16, 16, 1, 1)),
-        ("tf32", 128): _configs(),
+        ("half", 256): _configs((32, 32, 8, 1), (16, 16, 4, 1)),
+        ("tf32", 64): _configs((64, 32, 8, 1), (32, 32, 4, 1), (16, 16, 1, 1)),
+        ("tf32", 128): _configs((32, 32, 8, 1), (16, 16, 4, 1)),
         ("tf32", 256): _configs(),
-        ("ieee", 64): _configs((64, 16, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 2, 1)),
-        ("ieee", 128): _configs(),
+        ("ieee", 64): _configs((64, 16, 8, 1), (32, 32, 4, 1), (16, 16, 2, 1)),
+        ("ieee", 128): _configs((32, 16, 8, 2), (16, 16, 8, 1)),
         ("ieee", 256): _configs(),
     },
     "attention_backward_queries": {
-        ("half", 64): _configs((128, 64, 8, 2), (64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 4, 2)),
-        ("half", 128): _configs((64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
-        ("half", 256): _configs((32, 32, 4, 2), (32, 32, 8, 1)),
-        ("tf32", 64): _configs((32, 32, 4, 2)),
-        ("tf32", 128): _configs((32, 32, 8, 2)),
-        ("tf32", 256): _configs((32, 16, 8, 2)),
-        ("ieee", 64): _configs((32, 32, 8, 2), (64, 16, 8, 1), (32, 16, 4, 2)),
-        ("ieee", 128): _configs((32, 32, 8, 2)),
-        ("ieee", 256): _configs((32, 16, 8, 2), (16, 16, 8, 2)),
+        ("half", 64): _configs((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
+        ("half", 128): _configs((64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+        ("half", 256): _configs((32, 32, 4, 2)),
+        ("tf32", 64): _configs((64, 32, 8, 2), (32, 32, 4, 2)),
+        ("tf32", 128): _configs((32, 32, 8, 1)),
+        ("tf32", 256): _configs((16, 16, 8, 2)),
+        ("ieee", 64): _configs((32, 32, 8, 2), (32, 16, 4, 2)),
+        ("ieee", 128): _configs((32, 16, 8, 2)),
+        ("ieee", 256): _configs((16, 16, 8, 2)),
     },
     "attention_backward_keys": {
-        ("half", 64): _configs((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2)),
-        ("half", 128): _configs((32, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
-        ("half", 256): _configs((32, 32, 8, 2), (16, 32, 8, 1)),
-        ("tf32", 64): _configs((32, 32, 4, 2)),
+        ("half", 64): _configs((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
+        ("half", 128): _configs((32, 64, 8, 2), (32, 32, 4, 2)),
+        ("half", 256): _configs((32, 32, 8, 2)),
+        ("tf32", 64): _configs((32, 64, 8, 2), (32, 32, 4, 2)),
         ("tf32", 128): _configs((16, 32, 8, 1)),
         ("tf32", 256): _configs((16, 16, 8, 1)),
-        ("ieee", 64): _configs((32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 4, 2)),
-        ("ieee", 128): _configs((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
-        ("ieee", 256): _configs((16, 16, 8, 1), (16, 16, 4, 1)),
+        ("ieee", 64): _configs((32, 32, 8, 2), (16, 32, 4, 2)),
+        ("ieee", 128): _configs((32, 32, 8, 1), (16, 16, 4, 1)),
+        ("ieee", 256): _configs((16, 16, 8, 1)),
     },
+}
+#: The kernel, and the side of its tile that the grid counts.
+_KERNELS = {
+    "attention_short": (_forward, "BLOCK_M"),
+    "attention": (_forward, "BLOCK_M"),
+    "attention_backward_short": (_backward_queries, "BLOCK_M"),
+    "attention_backward_queries": (_backward_queries, "BLOCK_M"),
+    "attention_backward_keys": (_backward_keys, "BLOCK_N"),
 }
 #: The side of the tile that holds a whole sequence in a SHORT kernel.
 _WHOLE = {"attention_short": "BLOCK_N", "attention_backward_short": "BLOCK_M"}
@@ -537,18 +536,26 @@ def _block_d(head_size: int) -> int:
     return max(16, triton.next_power_of_2(head_size))
 
 
-def _candidates(name: str, kind: str, head_size: int, max_length: int) -> tuple[Config, ...]:
-    """Configurations; of a SHORT kernel the smallest that hold a sequence, none if none does."""
+def _candidates(
+    name: str, kind: str, head_size: int, max_length: int, unit: int
+) -> tuple[Config, ...]:
+    """Configurations; of a SHORT kernel the smallest that hold a sequence, none if none does.
+
+    Strides that are not round take a register for each number's address: such calls, which no
+    common model makes, get the smallest tiles, and no SHORT kernel.
+    """
     configs = CONFIGS[name][kind, max(64, _block_d(head_size))]
-    if name not in _WHOLE:
-        return configs
-    side = _WHOLE[name]
+    side = _WHOLE.get(name)
+    if side is None:
+        return configs if unit > 1 else configs[-1:]
+    if unit == 1:
+        return ()
     least = min((c[side] for c in configs if c[side] >= max_length), default=0)
     return tuple(c for c in configs if c[side] == least)
 
 
 def _constants(
-    kernel: Any, head_size: int, kind: str, dropout: bool, staircase: bool, short: bool, unit: int
+    name: str, head_size: int, kind: str, dropout: bool, staircase: bool, unit: int
 ) -> dict[str, Any]:
     constants = {
         "UNIT": unit,
@@ -556,10 +563,10 @@ def _constants(
         "BLOCK_D": _block_d(head_size),
         "DROPOUT": dropout,
         "STAIRCASE": staircase,
-        "SHORT": short,
+        "SHORT": name in _WHOLE,
         "PRECISION": "tf32" if kind == "tf32" else "ieee",
     }
-    return {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return {n: value for n, value in constants.items() if n in _KERNELS[name][0].arg_names}
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -586,7 +593,7 @@ class _Call:
 
     def __init__(
         self,
-        qkv: Tensor,
+        tensors: Sequence[Tensor],
         offsets: Tensor,
         max_length: int,
         heads: Sequence[int],
@@ -595,43 +602,45 @@ class _Call:
         p: float,
         seed: Tensor | None,
     ) -> None:
-        self.dtype, self.kind, self.head_size = qkv.dtype, _kind(qkv.dtype), head_size
-        self.count, self.max_length = offsets.shape[0] - 1, max_length
-        self.flags = (seed is not None, len(heads) > 1)  # dropout, staircase
+        dtype, staircase, dropout = tensors[0].dtype, len(heads) > 1, seed is not None
+        round_strides = all(x.stride(0) % _UNIT == 0 for x in tensors)
+        self.unit = _UNIT if round_strides else 1
+        self.count, self.max_length, self.head_size = offsets.shape[0] - 1, max_length, head_size
+        self.kind, self.flags = _kind(dtype), (dropout, staircase)
+        self.key = (common.type_name(dtype), self.kind, head_size, common.bucket(max_length))
         table = None
-        if len(heads) > 1:
-            table = _sequence_table(tuple(heads), tuple(sequences), qkv.device)
+        if staircase:
+            table = _sequence_table(tuple(heads), tuple(sequences), offsets.device)
         self.places = (offsets.contiguous(), table, seed)
-        p = p if seed is not None else 0.0
+        p = p if dropout else 0.0
         self.numbers = (max(heads), head_size**-0.5, round(p * 2**32), 1 / (1 - p))
 
     def candidates(self, name: str) -> tuple[Config, ...]:
-        return _candidates(name, self.kind, self.head_size, self.max_length)
+        return _candidates(name, self.kind, self.head_size, self.max_length, self.unit)
 
     def run(
         self,
         name: str,
-        kernel: Any,
-        side: str,
         heads: int,
         tensors: Sequence[Tensor | None],
-        strides: Sequence[int],
-        lse_stride: int,
+        strided: Sequence[Tensor],
+        lse: Tensor,
     ) -> None:
-        """Launch a kernel over heads and tiles of `config[side]` queries or keys."""
-        unit = 1 if any(s % _UNIT for s in strides) else _UNIT
-        short = name in _WHOLE
-        constants = _constants(kernel, self.head_size, self.kind, *self.flags, short, unit)
+        """Launch a kernel; `strided` are those whose row strides it takes before that of lse."""
+        kernel, side = _KERNELS[name]
+        strides = [x.stride(0) // self.unit for x in strided]
+        constants = _constants(name, self.head_size, self.kind, *self.flags, self.unit)
+        rows = heads * self.count
 
         def tiles(config: Config) -> int:
             return triton.cdiv(self.max_length, config[side])
 
         def launch(config: Config) -> None:
-            kernel[(tiles(config) * heads * self.count,)](
+            kernel[(tiles(config) * rows,)](
                 *tensors,
                 *self.places,
-                *(s // unit for s in strides),
-                lse_stride,
+                *strides,
+                lse.stride(0),
                 tiles(config),
                 heads,
                 *self.numbers,
@@ -639,11 +648,8 @@ class _Call:
                 **config.arguments,
             )
 
-        rows = heads * self.count
         configs = sorted(self.candidates(name), key=lambda c: -min(tiles(c) * rows, _FILL))
-        sizes = (self.head_size, common.bucket(self.max_length), common.bucket(rows))
-        key = (common.type_name(self.dtype), self.kind, *sizes, *self.flags)
-        launch(common.choose(name, key, configs, launch))
+        launch(common.choose(name, (*self.key, common.bucket(rows), *self.flags), configs, launch))
 
 
 def attention(
@@ -663,10 +669,9 @@ def attention(
     if total == 0:
         return out, lse
     qkv = _adjacent(qkv)
-    call = _Call(qkv, offsets, max_length, heads, sequences, head_size, p, seed)
+    call = _Call((qkv, out), offsets, max_length, heads, sequences, head_size, p, seed)
     name = "attention_short" if call.candidates("attention_short") else "attention"
-    strides = (qkv.stride(0), out.stride(0))
-    call.run(name, _forward, "BLOCK_M", most, (qkv, out, lse), strides, most)
+    call.run(name, most, (qkv, out, lse), (qkv, out), lse)
     return out, lse
 
 
@@ -688,20 +693,19 @@ def attention_backward(
     if qkv.shape[0] == 0:
         return grad_qkv
     stored = qkv.shape[1] // (3 * head_size)
-    if qkv.shape[1] > stored * 3 * head_size:
-        grad_qkv[:, stored * 3 * head_size :] = 0
+    grad_qkv[:, stored * 3 * head_size :] = 0
     grad, qkv, out, lse = _adjacent(grad), _adjacent(qkv), _adjacent(out), lse.contiguous()
-    call = _Call(qkv, offsets, max_length, heads, sequences, head_size, p, seed)
-    short = bool(call.candidates("attention_backward_short"))
-    delta = None if short else torch.empty_like(lse)
+    strided = (grad, qkv, out, grad_qkv)
+    call = _Call(strided, offsets, max_length, heads, sequences, head_size, p, seed)
+    if call.candidates("attention_backward_short"):
+        tensors = (grad, qkv, out, lse, None, grad_qkv)
+        call.run("attention_backward_short", stored, tensors, strided, lse)
+        return grad_qkv
+    delta = torch.empty_like(lse)
     tensors = (grad, qkv, out, lse, delta, grad_qkv)
-    strides = tuple(x.stride(0) for x in (grad, qkv, out, grad_qkv))
-    name = "attention_backward_short" if short else "attention_backward_queries"
-    call.run(name, _backward_queries, "BLOCK_M", stored, tensors, strides, lse.stride(0))
-    if not short:
-        tensors, strides = (grad, qkv, lse, delta, grad_qkv), strides[:2] + strides[3:]
-        name = "attention_backward_keys"
-        call.run(name, _backward_keys, "BLOCK_N", stored, tensors, strides, lse.stride(0))
+    call.run("attention_backward_queries", stored, tensors, strided, lse)
+    tensors = (grad, qkv, lse, delta, grad_qkv)
+    call.run("attention_backward_keys", stored, tensors, (grad, qkv, grad_qkv), lse)
     return grad_qkv
 
 
@@ -733,31 +737,24 @@ def bytes_and_flops(
     return rows * (moved * head_size * itemsize + 4), products * 2 * pairs * head_size
 
 
-_KERNELS = {
-    "attention_short": _forward,
-    "attention": _forward,
-    "attention_backward_short": _backward_queries,
-    "attention_backward_queries": _backward_queries,
-    "attention_backward_keys": _backward_keys,
-}
-
-
 def specimens() -> Iterator[Specimen]:
-    """Every configuration with dropout in the staircase, its largest form; the first also without.
+    """Every configuration with dropout in the staircase, its largest form; the first without too.
 
-    A head size of 80 stands for those that are not a power of two, and comes with strides that are
-    not round.
+    A head size of 80 stands for those that are no power of two; with strides that are not round it
+    meets the last configuration of the kernels that take such.
     """
     for name, by_kind in CONFIGS.items():
         for (kind, block_d), configs in by_kind.items():
-            for dtype in ("bf16", "fp16") if kind == "half" else ("fp32",):
-                which = (name, dtype, kind)
-                for i, config in enumerate(configs if dtype != "fp16" else configs[:1]):
-                    yield _specimen(*which, block_d, config, True, True, _UNIT)
-                    if i == 0:
-                        yield _specimen(*which, block_d, config, False, False, _UNIT)
-                    if i == 0 and block_d == 128:
-                        yield _specimen(*which, 80, config, True, False, 1)
+            dtype = "bf16" if kind == "half" else "fp32"
+            for config in configs:
+                yield _specimen(name, dtype, kind, block_d, config, True, True, _UNIT)
+            if block_d == 64:
+                yield _specimen(name, dtype, kind, 64, configs[0], False, False, _UNIT)
+            if block_d == 128 and configs:
+                yield _specimen(name, dtype, kind, 80, configs[0], True, False, _UNIT)
+            if block_d == 128 and name not in _WHOLE:
+                yield _specimen(name, dtype, kind, 80, configs[-1], True, False, 1)
+        yield _specimen(name, "fp16", "half", 64, by_kind["half", 64][0], True, True, _UNIT)
 
 
 def _specimen(
@@ -770,19 +767,15 @@ def _specimen(
     staircase: bool,
     unit: int,
 ) -> Specimen:
-    kernel = _KERNELS[name]
-    constants = _constants(kernel, head_size, kind, dropout, staircase, name in _WHOLE, unit)
-    constants |= dict(config.blocks)
-    types = dict.fromkeys(("grad", "qkv", "out", "grad_qkv"), f"*{dtype}")
-    types |= dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(constants, "constexpr")
-    types |= {"offsets": "*i32" if unit > 1 else "*i64", "scale": "fp32", "kept_scale": "fp32"}
-    types |= {"table": "*i32", "seed": "*i64"}
+    kernel = _KERNELS[name][0]
+    constants = _constants(name, head_size, kind, dropout, staircase, unit) | dict(config.blocks)
     absent = {"table": not staircase, "seed": not dropout, "delta": name in _WHOLE}
-    for argument, missing in absent.items():
-        if missing and argument in kernel.arg_names:
-            types[argument], constants[argument] = "constexpr", None
+    constants |= {n: None for n, missing in absent.items() if missing and n in kernel.arg_names}
+    types = dict.fromkeys(("grad", "qkv", "out", "grad_qkv"), f"*{dtype}")
+    types |= {"lse": "*fp32", "delta": "*fp32", "table": "*i32", "seed": "*i64"}
+    types |= {"offsets": "*i32" if unit > 1 else "*i64", "scale": "fp32", "kept_scale": "fp32"}
+    types |= dict.fromkeys(constants, "constexpr")
     signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
-    flags = " dropout" * dropout + " staircase" * staircase
-    tile = f"{config['BLOCK_M']}x{config['BLOCK_N']}, {config.warps} warps"
-    label = f"{name} {dtype} {kind} d={head_size}{flags} ({tile})"
+    flags = " dropout" * dropout + " staircase" * staircase + " any stride" * (unit == 1)
+    label = f"{dtype if kind == 'half' else kind} {name} d={head_size}{flags}"
     return Specimen(kernel, label, signature, constants, config)

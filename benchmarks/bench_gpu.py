@@ -365,7 +365,7 @@ def test_rows(benchmark):
             lambda: dispatch("residual_norm_backward", x, z, mean, rstd, w, 0.0, None),
         ),
         "hidden_mse forward": (2, lambda: ops.hidden_mse(x, r)),
-        "hidden_mse backward": (3, lambda: dispatch("hidden_mse_backward", one, x, r)),
+        "hidden_mse backward": (3, lambda: dispatch("hidden_mse_backward", one, [x], [r], [1.0])),
     }
     rows = race(benchmark, {name: run for name, (_, run) in runs.items()})
     bars = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import threading
 import weakref
@@ -583,21 +584,23 @@ def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.reshape(-1, columns).contiguous(), teacher.reshape(-1, columns).contiguous()
 
 
-def _loss(cross_entropy: bool, student: Tensor, teacher: Tensor) -> Tensor:
+def _loss(cross_entropy: bool, student: Tensor, teacher: Tensor) -> float:
     if not student.numel():
-        return torch.tensor(
-            torch.nan, dtype=torch.float32, device="cpu"
-        )  # the mean of nothing, as in torch
+        return math.nan  # the mean of nothing, as in torch
     student, teacher = _pair(student, teacher)
     rows, columns = student.shape
     call = _is_bf16(student), cross_entropy, columns, _address(student), _address(teacher), rows
-    return torch.tensor(_native().loss(*call), dtype=torch.float32, device="cpu")
+    return _native().loss(*call)
 
 
-def _loss_backward(cross_entropy: bool, grad: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
+def _loss_backward(cross_entropy: bool, grad: float, student: Tensor, teacher: Tensor) -> Tensor:
     shape, dtype = student.shape, student.dtype
     if not student.numel():
-        return torch.empty_like(student)
+        return student.new_empty(shape)
     student, teacher = _pair(student, teacher)
     rows, columns = student.shape
     out = torch.empty_like(student)
@@ -608,7 +611,7 @@ def _loss_backward(cross_entropy: bool, grad: Tensor, student: Tensor, teacher: 
         _address(student),
         _address(teacher),
         _address(out),
-        float(grad),
+        grad,
         rows,
     )
     return out.view(shape).to(dtype)
@@ -616,22 +619,28 @@ def _loss_backward(cross_entropy: bool, grad: Tensor, student: Tensor, teacher: 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
     """As `reference.soft_cross_entropy`."""
-    return _loss(True, student, teacher)
+    return _scalar(_loss(True, student, teacher))
 
 
 def soft_cross_entropy_backward(grad: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
     """As `reference.soft_cross_entropy_backward`."""
-    return _loss_backward(True, grad, student, teacher)
+    return _loss_backward(True, float(grad), student, teacher)
 
 
-def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
+def hidden_mse(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], weights: Sequence[float]
+) -> Tensor:
     """As `reference.hidden_mse`."""
-    return _loss(False, student, teacher)
+    pairs = zip(students, teachers, weights, strict=True)
+    return _scalar(sum(w * _loss(False, s, t) for s, t, w in pairs))
 
 
-def hidden_mse_backward(grad: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+def hidden_mse_backward(
+    grad: Tensor, students: Sequence[Tensor], teachers: Sequence[Tensor], weights: Sequence[float]
+) -> list[Tensor]:
     """As `reference.hidden_mse_backward`."""
-    return _loss_backward(False, grad, student, teacher)
+    scale, pairs = float(grad), zip(students, teachers, weights, strict=True)
+    return [_loss_backward(False, scale * w, s, t) for s, t, w in pairs]
 
 
 def _why_not(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -14,6 +14,8 @@ decay, AdamW without weight decay, gradients clipped at 1.0.
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +27,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dynabert_fast.data import Collator, EncodedDataset
 from dynabert_fast.errors import InputError
-from dynabert_fast.files import new_folder, whole_folder
+from dynabert_fast.files import find_damage, new_folder, whole_folder
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
 from dynabert_fast.training.losses import Distillation
 from dynabert_fast.training.trainer import GRID_SUM, ElasticTrainer, checkpoints
+
+_logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -142,6 +146,9 @@ class TrainingOptions:
             metric_for_best_model=GRID_SUM,
             greater_is_better=True,
             logging_steps=50,
+            # It waits for the device after every step. The Trainer's `_watch_loss` does not; only
+            # fp16 goes on after a loss that is not finite, which should not spoil the mean.
+            logging_nan_inf_filter=self.precision == "fp16",
             seed=self.seed,
             report_to="none",
             disable_tqdm=not progress,
@@ -183,8 +190,9 @@ def run_stage(
 ) -> None:
     """Train one stage and save the best checkpoint's model and tokenizer as `output`.
 
-    `output` appears when it is whole. Checkpoints live in `<output>.checkpoints` until then; with
-    `resume`, an interrupted run goes on from the last of them and ends with the same weights.
+    `output` appears when it is whole. Checkpoints live in `<output>.checkpoints` until then: the
+    best, the newest and the one before. With `resume`, an interrupted run goes on from the newest
+    that is not damaged and ends with the same weights.
 
     Args:
         stage: What to train.
@@ -197,9 +205,10 @@ def run_stage(
         progress: Show progress bars.
 
     Raises:
-        InputError: `output` or its checkpoints exist (without `resume`), or the teacher is missing
-            or does not fit the student.
+        InputError: `output` or its checkpoints exist (without `resume`), all checkpoints are
+            damaged, or the teacher is missing or does not fit the student.
         SaveError: A checkpoint could not be written.
+        TrainingError: A loss is NaN or infinite; the batch is beside the checkpoints.
     """
     output, options = Path(output), options or TrainingOptions()
     if stage.recipe is not None:
@@ -238,12 +247,17 @@ def run_stage(
             run.rmdir()
     for wrapper in ("forward", "_original_forward"):  # accelerate's autocast: of training only
         model.__dict__.pop(wrapper, None)
-    if trainer.is_world_process_zero():
+
+    def save() -> None:
         with whole_folder(output) as aside:
             model.save_pretrained(aside)
             data.tokenizer.save_pretrained(aside)
         shutil.rmtree(run, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+
+    if trainer.is_world_process_zero():
+        trainer.together(output, save)
+    else:
+        trainer.together(output)
 
 
 def check_teacher(recipe: Distillation, student: DynaBertConfig, teacher: DynaBertConfig) -> None:
@@ -274,7 +288,28 @@ def _last_checkpoint(run: Path, resume: bool) -> Path | None:
         raise InputError(
             f"{run} holds an interrupted run; add --resume (resume=True) to go on, or delete it"
         )
-    return found[-1][1] if found else None
+    for _, folder in reversed(found):
+        damage = _find_damage(folder)
+        if damage is None:
+            return folder
+        _logger.warning("checkpoint %s is damaged (%s) and is not used", folder, damage)
+    if found:
+        raise InputError(
+            f"no checkpoint in {run} is whole (the last one tried: {damage}); restore one from a "
+            "backup, or delete the folder to train from the start"
+        )
+    return None
+
+
+def _find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or with the best one, which it needs in the end."""
+    damage = find_damage(checkpoint)
+    if damage:
+        return damage
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    best = checkpoint.with_name(f"checkpoint-{state['best_global_step']}")
+    damage = find_damage(best) if best != checkpoint and best.is_dir() else None
+    return f"its best checkpoint {best.name} is: {damage}" if damage else None
 
 
 class _Log(TrainerCallback):

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dynabert_fast.data import Collator, EncodedDataset, LengthGroupedSampler
+from dynabert_fast.errors import SaveError
 from dynabert_fast.evaluation.grid import make_batches, score_grid, total_score
-from dynabert_fast.files import whole_folder
+from dynabert_fast.files import is_write_failure, save_error, whole_folder, write_manifest
 from dynabert_fast.models import DynaBertForSequenceClassification
 from dynabert_fast.subnet import Subnet
 from dynabert_fast.training.losses import Distillation, distillation_loss, matched_layers
+from dynabert_fast.training.watch import LossWatch, all_finite, bad_weights
 
 #: Name of the sum of the primary metric over the grid, which chooses the best checkpoint.
 GRID_SUM = "grid_sum"
@@ -101,6 +103,9 @@ class ElasticTrainer(Trainer):
         size = args.train_batch_size * args.world_size
         self._sampler = LengthGroupedSampler(train_dataset.lengths, size, args.seed)
         self.add_callback(_ChooseEpoch(self._sampler))
+        self._watch = LossWatch(self.accelerator, Path(args.output_dir))
+        self._saved_step = 0  # of the checkpoint before the next: saved here, or resumed from
+        self.add_callback(_Watching(self))
         if save_every:
             self.add_callback(_SaveEvery(save_every))
 
@@ -130,6 +135,7 @@ class ElasticTrainer(Trainer):
                     loss = loss / self.current_gradient_accumulation_steps
                 self.accelerator.backward(loss)
             total += loss.detach()
+        self._watch_loss(inputs, total)
         return total
 
     def _subnet_loss(
@@ -157,6 +163,11 @@ class ElasticTrainer(Trainer):
         return distillation_loss(
             self.recipe, output.logits, logits, output.hidden_states or (), wanted
         )
+
+    def _watch_loss(self, inputs: dict[str, Any], loss: Tensor) -> None:
+        """Stop training, and save the batch, where a loss (one, or one a pass) is not finite."""
+        step = self.state.global_step + 1
+        self._watch.add(step, float(self.state.epoch or 0), inputs, loss)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """Batches of like length, in an order that only (seed, epoch) decide."""
@@ -197,25 +208,73 @@ class ElasticTrainer(Trainer):
     # --- checkpoints ------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint that is whole or absent, then delete what is neither best nor last."""
+        """Save a checkpoint that is whole or absent, then delete what nobody needs any more.
+
+        Raises:
+            TrainingError: The weights, or a loss that led to them, are not finite.
+            SaveError: The system refused a write, in every process where it does so in one.
+        """
+        self._watch.finish()
+        if self._anyone(not all_finite(self.model.parameters())):
+            raise bad_weights(self.state.global_step)
         run = Path(self.args.output_dir)
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.store_flos()
         self.state.best_model_checkpoint = self._best_checkpoint(run)
-        writer = whole_folder(folder) if self.args.should_save else _shared(folder)
-        with writer as aside:
-            self.accelerator.wait_for_everyone()  # the folder is there
-            self.save_model(str(aside), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(aside))
-            self._save_scaler(str(aside))
-            self._save_rng_state(str(aside))
+        aside = folder.with_name(f".{folder.name}.saving")  # which the main process makes
+        with contextlib.ExitStack() as writer:
             if self.args.should_save:
-                self._save_callbacks()
-                self.state.save_to_json(str(aside / "trainer_state.json"))
-            self.accelerator.wait_for_everyone()  # everyone has written
-        self.accelerator.wait_for_everyone()  # it has its name
+                self.together(folder, lambda: writer.enter_context(whole_folder(folder)))
+            else:
+                self.together(folder)
+            self.together(folder, lambda: self._write_checkpoint(aside))
+
+            def complete() -> None:
+                if self.args.should_save:
+                    write_manifest(aside)
+                writer.close()
+
+            self.together(folder, complete)  # everyone has written
         if self.args.should_save:
             self._delete_old_checkpoints(run, folder)
+        self._saved_step = self.state.global_step
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """What this process has to write."""
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.args.should_save:
+            self._save_callbacks()
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def together(self, target: Path, part: Callable[[], Any] = lambda: None) -> None:
+        """Do a part of a save, and wait until every process has done it.
+
+        Raises:
+            SaveError: The system refused a write, here or in another process: no process waits for
+                one that has stopped.
+        """
+        failure: Exception | None = None
+        try:
+            part()
+        except Exception as error:  # see `is_write_failure`
+            if not is_write_failure(error):
+                raise
+            failure = error
+        if self._anyone(failure is not None):
+            if isinstance(failure, SaveError):
+                raise failure
+            failure = failure or OSError("another process could not write")
+            raise save_error(target, failure) from failure
+
+    def _anyone(self, flag: bool) -> bool:
+        """Whether a flag is set in any process; all must ask."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        flags = torch.tensor([float(flag)], device=self.args.device)
+        return bool(self.accelerator.reduce(flags, reduction="sum") > 0)
 
     def _best_checkpoint(self, run: Path) -> str | None:
         """Folder of the best step so far: that of this save, or one that is there."""
@@ -232,7 +291,9 @@ class ElasticTrainer(Trainer):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
 
     def _delete_old_checkpoints(self, run: Path, newest: Path) -> None:
+        """Keep the best, the newest, and the one before in case the newest gets damaged."""
         keep = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
+        keep.add(f"{PREFIX_CHECKPOINT_DIR}-{self._saved_step}")
         for step, folder in checkpoints(run):
             if folder.name not in keep and step < self.state.global_step:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -253,6 +314,24 @@ class _ChooseEpoch(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
+class _Watching(TrainerCallback):
+    """Has all losses looked at before an evaluation, and knows where a run begins."""
+
+    def __init__(self, trainer: ElasticTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        self.trainer._watch.clear()
+        self.trainer._saved_step = state.global_step
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        self.trainer._watch.finish()
+
+
 class _SaveEvery(TrainerCallback):
     """Asks for a checkpoint every so many steps, whatever the evaluation strategy is."""
 
@@ -264,12 +343,6 @@ class _SaveEvery(TrainerCallback):
         # earlier save of it would never evaluate that epoch, and could miss the best checkpoint.
         last = control.should_training_stop or float(state.epoch).is_integer()
         control.should_save |= state.global_step % self.steps == 0 and not last
-
-
-@contextlib.contextmanager
-def _shared(folder: Path) -> Any:
-    """The folder that the main process is filling, for the others to add to."""
-    yield folder.with_name(f".{folder.name}.saving")
 
 
 def checkpoints(run: str | Path) -> list[tuple[int, Path]]:

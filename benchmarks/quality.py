@@ -47,6 +47,7 @@ from dynabert_fast.training.pipeline import (
     rewire_checkpoint,
     stage_data,
 )
+from dynabert_fast.training.schedules import Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
@@ -56,11 +57,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality"
 #: Epochs of each stage by task, cheapest task first. The paper's 3 epochs are over augmented data,
 #: up to 31 times as many sentences.
 EPOCHS: dict[str, dict[str, float]] = {
-    "trec": {"finetune": 3, "width": 1, "depth": 1, "final": 1},
-    "cola": {"finetune": 3, "width": 1, "depth": 1, "final": 1},
+    "trec": {"finetune": 3, "width": 1, "depth": 2, "final": 1},
+    "cola": {"finetune": 3, "width": 1, "depth": 2, "final": 1},
     "stsb": {"finetune": 3, "width": 1, "depth": 1, "final": 1},
-    "rte": {"finetune": 4, "width": 1, "depth": 1, "final": 1},
-    "sst2": {"finetune": 1, "width": 1, "depth": 1, "final": 1},
+    "rte": {"finetune": 5, "width": 1, "depth": 1, "final": 1},
+    "sst2": {"finetune": 2, "width": 1, "depth": 1, "final": 1},
 }
 
 #: Tasks that take hours; their ablations come last.
@@ -91,7 +92,7 @@ class Recipe:
         sort: Rewire first.
         stages: What is trained, in order, after the teacher.
         distillation: Changes of `DISTILLATION` by stage; `None` learns from labels.
-        training: Changes of `TrainingOptions` in these stages.
+        training: Changes of `TrainingOptions` by stage.
         epochs: Times the task's epochs of these stages.
     """
 
@@ -99,7 +100,7 @@ class Recipe:
     sort: bool = True
     stages: tuple[str, ...] = ("width", "depth")
     distillation: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     epochs: float = 1.0
 
     @property
@@ -108,8 +109,8 @@ class Recipe:
         names = {
             f.name for kind in (Distillation, TrainingOptions) for f in dataclasses.fields(kind)
         }
-        losses = (changes or {} for changes in self.distillation.values())
-        return sorted({name for given in (self.training, *losses) for name in given} - names)
+        changes = (*self.training.values(), *self.distillation.values())
+        return sorted({name for given in changes for name in given or ()} - names)
 
 
 def _both(changes: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any] | None]:
@@ -125,7 +126,10 @@ RECIPES: dict[str, Recipe] = {
     "full-teacher": Recipe(
         "teacher of stage `depth` at full width", distillation={"depth": {"teacher_width": "full"}}
     ),
-    "sandwich": Recipe("sandwich schedule", training={"schedule": "sandwich"}),
+    "sandwich": Recipe(
+        "stage `depth` by sandwich: largest, smallest and 2 others a step",
+        training={"depth": {"schedule": {"kind": "sandwich", "count": 2}}},
+    ),
     "longer": Recipe("twice the epochs", epochs=2.0),
     "direct": Recipe(
         "straight to the grid, no stage `width`, twice the epochs",
@@ -183,7 +187,8 @@ class Run:
         for stage in recipe.stages:
             loss, changes = DISTILLATION[stage], recipe.distillation.get(stage, {})
             distilled = None if loss is None or changes is None else {**loss, **changes}
-            training = {**base, "epochs": epochs[stage] * recipe.epochs, **recipe.training}
+            training = {**base, "epochs": epochs[stage] * recipe.epochs}
+            training |= recipe.training.get(stage, {})
             settings = {"training": training, "distillation": distilled}
             part = Part(stage, settings, found[-1], taught_by if distilled else None)
             found.append(part)
@@ -368,6 +373,8 @@ class Session:
 def _options(settings: dict[str, Any]) -> TrainingOptions:
     names = {f.name for f in dataclasses.fields(TrainingOptions)}
     given = {name: value for name, value in settings.items() if name in names}
+    if "schedule" in given:
+        given["schedule"] = Schedule(**given["schedule"])
     return TrainingOptions(**given, save_every=SAVE_EVERY)
 
 

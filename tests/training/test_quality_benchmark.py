@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dynabert_fast.training import ElasticTrainer
+from dynabert_fast.training.schedules import Schedule
 
 NAME = "all-MiniLM-L6-v2"  # --model-name's default
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -60,6 +61,7 @@ def _folders(quality, recipe, task="rte", seed=1, model="m"):
 def test_recipes_share_what_they_have_in_common_and_nothing_else(quality, monkeypatch):
     teacher, rewired, width, depth = _folders(quality, "paper")
     assert _folders(quality, "full-teacher")[:3] == [teacher, rewired, width]
+    assert _folders(quality, "sandwich")[:3] == [teacher, rewired, width]
     assert _folders(quality, "final")[:4] == [teacher, rewired, width, depth]
     assert _folders(quality, "unsorted")[0] == teacher
     every = [_folders(quality, recipe)[-1] for recipe in quality.RECIPES]
@@ -90,7 +92,9 @@ def test_teachers_and_losses_of_each_recipe(quality):
 
 def test_a_recipe_names_the_options_that_this_version_lacks(quality):
     recipe = quality.Recipe(
-        "", training={"epochs": 1, "no_such": 1}, distillation={"depth": {"nor_this": 2}}
+        "",
+        training={"width": {"epochs": 1, "no_such": 1}},
+        distillation={"width": None, "depth": {"nor_this": 2}},
     )
     assert recipe.unsupported == ["no_such", "nor_this"]
     assert quality.RECIPES["full-teacher"].unsupported == []
@@ -162,9 +166,9 @@ def test_what_no_recipe_needs_is_deleted_but_teachers_stay(command, quality, mon
 
 def test_a_changed_setting_makes_a_result_missing(command, quality, monkeypatch, capsys):
     (before,) = command("--seeds=1", "--recipes=paper")
-    monkeypatch.setitem(quality.EPOCHS["trec"], "depth", 2)
+    monkeypatch.setitem(quality.EPOCHS["trec"], "depth", 1)
     (after,) = command("--seeds=1", "--recipes=paper")
-    assert after["settings"]["depth"]["training"]["epochs"] == 2
+    assert after["settings"]["depth"]["training"]["epochs"] == 1
     assert after["seconds"]["width"] == before["seconds"]["width"], "what did not change is kept"
 
 
@@ -192,7 +196,7 @@ def test_goes_on_after_a_stop_within_a_stage_as_if_nothing_had_happened(
 
     monkeypatch.setattr(ElasticTrainer, "training_step", counted)
     (record,) = command("--seeds=1", "--recipes=paper")
-    assert taken == [12, 12], "24 examples are 3 steps, of which one was saved"
+    assert taken == [12] * 5, "24 examples are 3 steps in each of 2 epochs, of which one was saved"
     for name in ("teacher", "cells", "baselines", "weights", "settings"):
         assert record[name] == undisturbed[name], name
     assert not list((tmp_path / "work/trec").glob("*.checkpoints"))
@@ -203,8 +207,24 @@ def test_the_time_limit_stops_it(command, capsys):
     assert "goes on from here" in capsys.readouterr().out
 
 
+def test_the_sandwich_trains_four_sub_networks_a_step(command, monkeypatch):
+    choose, chosen = Schedule.choose, []
+
+    def recorded(self, *args, **kwargs):
+        chosen.append(choose(self, *args, **kwargs))
+        return chosen[-1]
+
+    monkeypatch.setattr(Schedule, "choose", recorded)
+    command("--seeds=1", "--recipes=sandwich")
+    assert [len(subnets) for subnets in chosen][-6:] == [4] * 6
+    ends = {tuple(str(subnet) for subnet in subnets[:2]) for subnets in chosen[-6:]}
+    assert ends == {("w1.00-d1.00", "w0.25-d0.50")}
+
+
 def test_options_that_are_not_there_are_skipped(command, quality, monkeypatch, capsys):
-    monkeypatch.setitem(quality.RECIPES, "labels", quality.Recipe("", training={"no_such": 1}))
+    monkeypatch.setitem(
+        quality.RECIPES, "labels", quality.Recipe("", training={"depth": {"no_such": 1}})
+    )
     assert command("--seeds=1", "--recipes=labels") == []
     assert "skipped: labels needs the option no_such" in capsys.readouterr().out
 

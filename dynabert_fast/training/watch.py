@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dynabert_fast.errors import TrainingError
 from dynabert_fast.files import is_write_failure
+from dynabert_fast.models import PackedSequences
 
 # A GPU's losses are looked at when so many more batches are queued: by then they are there, so that
 # the host does not wait, and all processes look at the same ones.
@@ -104,11 +105,7 @@ class LossWatch:
         several = self.accelerator.num_processes > 1
         suffix = f"-process-{self.accelerator.process_index}" if several else ""
         path = self.folder / f"bad-batch-step-{batch.step}{suffix}.safetensors"
-        tensors = {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, value in batch.inputs.items()
-            if isinstance(value, Tensor)
-        }
+        tensors = {name: _plain(value) for name, value in batch.inputs.items()}
         about = {"step": batch.step, "epoch": batch.epoch, "losses": losses}
         kept = f"the batch is in {path}"
         try:
@@ -134,6 +131,13 @@ def bad_weights(step: int) -> TrainingError:
         f"weights are not finite after step {step}, and are not saved; train anew with a lower "
         "learning rate; earlier checkpoints are intact"
     )
+
+
+def _plain(value: Tensor | PackedSequences) -> Tensor:
+    """An input of the model as a tensor of its own on the host: the mask, where it was packed."""
+    if isinstance(value, PackedSequences):
+        value = value.unpack(value.pack(value.offsets.new_ones(value.shape)))
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _send(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

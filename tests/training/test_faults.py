@@ -295,7 +295,7 @@ def test_training_stops_before_the_weights_are_spoilt(go, run, monkeypatch, kind
     whole, seen = go("whole", kind=kind), []
 
     def spoil(model, inputs):
-        seen.append({name: value.clone() for name, value in inputs.items()})
+        seen.append(dict(inputs))
         poison(model, inputs)
 
     with (
@@ -306,7 +306,11 @@ def test_training_stops_before_the_weights_are_spoilt(go, run, monkeypatch, kind
     assert taken == [1, 2, 3, 4, 5]
     assert names(run) == folders(3, 4) | {"bad-batch-step-5.safetensors"}
     saved = load_file(run / "bad-batch-step-5.safetensors")
-    assert saved.keys() == seen[0].keys()
+    mask, packed = saved["attention_mask"], seen[0].pop("attention_mask")
+    assert mask.shape == saved["input_ids"].shape
+    assert torch.equal(packed.pack(saved["input_ids"]), saved["input_ids"][mask == 1])
+    assert 0 < mask.sum() < mask.numel()
+    assert saved.keys() == {"attention_mask", *seen[0]}
     assert all(torch.equal(saved[name], value) for name, value in seen[0].items())
     with before_step(monkeypatch, None, None) as taken:
         assert go(kind=kind) == whole  # from the last checkpoint

@@ -300,13 +300,24 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
 def add_training(parser: argparse.ArgumentParser, per_stage: bool = False) -> None:
     """Hyper-parameters; the defaults are the paper's."""
     group = parser.add_argument_group("training", "defaults are the paper's")
+    size = group.add_mutually_exclusive_group()
 
-    def add(name: str, kind: Callable[[str], Any], default: Any, text: str) -> None:
-        group.add_argument(name, type=kind, default=default, metavar="N", help=text)
+    def add(
+        name: str, kind: Callable[[str], Any], default: Any, text: str, to: Any = group
+    ) -> None:
+        to.add_argument(name, type=kind, default=default, metavar="N", help=text)
 
     add("--epochs", POSITIVE, 3.0, "passes over the data (default 3)")
     add("--max-steps", COUNT, -1, "stop each stage after so many steps")
-    add("--batch-size", COUNT, 32, "examples per step (default 32)")
+    add("--batch-size", COUNT, None, "examples per batch and process (default 32)", to=size)
+    add(
+        "--tokens-per-step",
+        COUNT,
+        None,
+        "instead: as many examples a step as fit so many tokens, over all processes and "
+        "accumulated batches",
+        to=size,
+    )
     add("--learning-rate", POSITIVE, 2e-5, "peak rate (default 2e-5)")
     if per_stage:
         for stage in STAGES:
@@ -370,7 +381,8 @@ def training_options(args: argparse.Namespace, stage: str | None = None) -> Trai
         learning_rate=of_stage("learning_rate"),
         epochs=of_stage("epochs"),
         max_steps=args.max_steps,
-        batch_size=args.batch_size,
+        batch_size=TrainingOptions.batch_size if args.batch_size is None else args.batch_size,
+        tokens_per_step=args.tokens_per_step,
         warmup=args.warmup,
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,

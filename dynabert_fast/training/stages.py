@@ -78,7 +78,11 @@ class TrainingOptions:
 
     Attributes:
         learning_rate: Peak learning rate of AdamW.
-        batch_size: Examples per step and process.
+        batch_size: Examples per batch and process.
+        tokens_per_step: Instead of a number of examples: an optimiser step takes as many examples
+            as fit so many real tokens, over all processes and accumulated batches together. A step
+            then has the same examples whatever the number of processes; each of them has about
+            its part of the tokens. `batch_size` is not used.
         epochs: Passes over the training data.
         max_steps: Stop after so many optimiser steps instead (-1: do not).
         warmup: Share of the steps with a rising learning rate; default 0, and 0.06 for RoBERTa.
@@ -93,6 +97,7 @@ class TrainingOptions:
 
     learning_rate: float = 2e-5
     batch_size: int = 32
+    tokens_per_step: int | None = None
     epochs: float = 3.0
     max_steps: int = -1
     warmup: float | None = None
@@ -115,6 +120,8 @@ class TrainingOptions:
         ):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.tokens_per_step is not None and self.tokens_per_step < 1:
+            raise InputError(f"tokens_per_step must be above 0, got {self.tokens_per_step}")
         if self.warmup is not None and not 0 <= self.warmup < 1:
             raise InputError(f"warmup is a share of the steps in [0, 1), got {self.warmup}")
         if self.precision not in ("fp32", "bf16", "fp16"):
@@ -156,6 +163,8 @@ class TrainingOptions:
             # A layer that a step's last sub-network drops has its gradient from the earlier ones.
             ddp_find_unused_parameters=True,
             remove_unused_columns=False,
+            # Copies to the device from pinned memory.
+            accelerator_config={"non_blocking": torch.cuda.is_available()},
         )
 
 
@@ -231,6 +240,7 @@ def run_stage(
         metric=data.metric,
         teacher=teacher if stage.recipe is not None else None,
         recipe=stage.recipe,
+        tokens_per_step=options.tokens_per_step,
         save_every=options.save_every,
         processing_class=data.tokenizer,
     )

@@ -17,17 +17,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dynabert_fast.data import Collator, EncodedDataset, LengthGroupedSampler
+from dynabert_fast.data import (
+    Collator,
+    EncodedDataset,
+    LengthGroupedSampler,
+    TokenBudgetSampler,
+)
 from dynabert_fast.errors import SaveError
 from dynabert_fast.evaluation.grid import make_batches, score_grid, total_score
 from dynabert_fast.files import is_write_failure, save_error, whole_folder, write_manifest
 from dynabert_fast.models import DynaBertForSequenceClassification
 from dynabert_fast.subnet import Subnet
+from dynabert_fast.training.batches import PackingCollator
 from dynabert_fast.training.losses import Distillation, distillation_loss, matched_layers
 from dynabert_fast.training.watch import LossWatch, all_finite, bad_weights
 
@@ -54,6 +60,7 @@ class ElasticTrainer(Trainer):
         teacher: With `recipe`: the fixed model that the student learns from. Without, the student
             learns from labels.
         recipe: The distillation loss.
+        tokens_per_step: Real tokens of an optimiser step, as in `TrainingOptions`.
         save_every: Also save a checkpoint every so many steps (0: only after each epoch).
         **kwargs: Of `transformers.Trainer`.
     """
@@ -70,6 +77,7 @@ class ElasticTrainer(Trainer):
         eval_subnets: Sequence[Subnet] | None = None,
         teacher: DynaBertForSequenceClassification | None = None,
         recipe: Distillation | None = None,
+        tokens_per_step: int | None = None,
         save_every: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -100,8 +108,14 @@ class ElasticTrainer(Trainer):
         self._eval_batches = make_batches(
             eval_dataset, data_collator, args.per_device_eval_batch_size
         )
-        size = args.train_batch_size * args.world_size
-        self._sampler = LengthGroupedSampler(train_dataset.lengths, size, args.seed)
+        lengths = train_dataset.lengths
+        self._sampler: LengthGroupedSampler | TokenBudgetSampler
+        if tokens_per_step is None:
+            size = args.train_batch_size * args.world_size
+            self._sampler = LengthGroupedSampler(lengths, size, args.seed)
+        else:
+            parts = args.world_size * args.gradient_accumulation_steps
+            self._sampler = TokenBudgetSampler(lengths, tokens_per_step, parts, args.seed)
         self.add_callback(_ChooseEpoch(self._sampler))
         self._watch = LossWatch(self.accelerator, Path(args.output_dir))
         self._saved_step = 0  # of the checkpoint before the next: saved here, or resumed from
@@ -169,9 +183,27 @@ class ElasticTrainer(Trainer):
         step = self.state.global_step + 1
         self._watch.add(step, float(self.state.epoch or 0), inputs, loss)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        """Batches of like length, in an order that only (seed, epoch) decide."""
-        return self._sampler
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of like length, or of like totals, in an order that only (seed, epoch) decide."""
+        batches: dict[str, Any] = {"batch_sampler": self._sampler}
+        if isinstance(self._sampler, LengthGroupedSampler):
+            batches = {
+                "sampler": self._sampler,
+                "batch_size": self.args.train_batch_size,
+                "drop_last": self.args.dataloader_drop_last,
+            }
+        else:  # whole steps: nothing to make up for, which accelerate does by counting examples
+            self.accelerator.even_batches = False
+        loader = DataLoader(
+            self.train_dataset,
+            **batches,
+            collate_fn=PackingCollator(self.data_collator),
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+        )
+        return self.accelerator.prepare(loader)
 
     # --- evaluation -------------------------------------------------------------------------------
 
@@ -305,7 +337,7 @@ class _ChooseEpoch(TrainerCallback):
     (Those of a loader that skips batches in several processes do not, in accelerate 1.15.)
     """
 
-    def __init__(self, sampler: LengthGroupedSampler) -> None:
+    def __init__(self, sampler: LengthGroupedSampler | TokenBudgetSampler) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(

@@ -340,7 +340,22 @@ def add_training(parser: argparse.ArgumentParser, per_stage: bool = False) -> No
         help="fp32, or autocast to 16 bits (default fp32)",
     )
     add("--save-every", NATURAL, 0, "also save a checkpoint every so many steps")
-    add("--seed", NATURAL, 42, "of data order and dropout (default 42)")
+    group.add_argument(
+        "--schedule",
+        choices=("grid", "sandwich", "random"),
+        default="grid",
+        help="sub-networks of a step: all (default); the largest, the smallest and some others; or "
+        "these two and some whose widths differ from layer to layer",
+    )
+    add("--drawn-subnets", NATURAL, 2, "how many of these others a step draws (default 2)")
+    add(
+        "--subnets-per-pass",
+        COUNT,
+        None,
+        "at most so many sub-networks in one forward and backward pass: less memory, more time "
+        "(default all of a step's)",
+    )
+    add("--seed", NATURAL, 42, "of data order, dropout and schedule (default 42)")
 
 
 def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
@@ -371,7 +386,7 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
 
 def training_options(args: argparse.Namespace, stage: str | None = None) -> TrainingOptions:
     """The hyper-parameters, for one stage where the command has options for each."""
-    from dynabert_fast.training import TrainingOptions
+    from dynabert_fast.training import Schedule, TrainingOptions
 
     def of_stage(name: str) -> float:
         value = getattr(args, f"{stage}_{name}", None) if stage else None
@@ -390,6 +405,8 @@ def training_options(args: argparse.Namespace, stage: str | None = None) -> Trai
         precision=args.precision,
         eval_batch_size=args.eval_batch_size,
         save_every=args.save_every,
+        schedule=Schedule(args.schedule, args.drawn_subnets),
+        subnets_per_pass=args.subnets_per_pass,
         seed=args.seed,
     )
 

@@ -62,6 +62,11 @@ class PackedSequences:
         torch.cumsum(lengths, 0, out=offsets[1:])
         return cls(shape, offsets, max(counts), mask.flatten().nonzero().flatten())
 
+    @property
+    def tokens(self) -> int:
+        """T, the number of real tokens."""
+        return self.shape[0] * self.shape[1] if self.indices is None else len(self.indices)
+
     def pack(self, padded: Tensor) -> Tensor:
         """`[B, S, ...] -> [T, ...]`."""
         flat = padded.flatten(0, 1)

@@ -18,7 +18,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from dynabert_fast.files import find_damage, new_folder, whole_folder
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
 from dynabert_fast.training.losses import Distillation
+from dynabert_fast.training.schedules import Schedule
 from dynabert_fast.training.trainer import GRID_SUM, ElasticTrainer, checkpoints
 
 _logger = logging.getLogger(__name__)
@@ -92,7 +93,10 @@ class TrainingOptions:
         precision: `fp32`, or `bf16` / `fp16` autocast.
         eval_batch_size: Examples per batch in evaluation.
         save_every: Also save a checkpoint every so many steps (0: after each epoch only).
-        seed: Of the data order and of dropout.
+        schedule: Which of a stage's sub-networks each step trains.
+        subnets_per_pass: At most so many in one forward and backward pass, to bound the memory of
+            activations; default all of a step's.
+        seed: Of the data order, of dropout and of the schedule.
     """
 
     learning_rate: float = 2e-5
@@ -107,6 +111,8 @@ class TrainingOptions:
     precision: Precision = "fp32"
     eval_batch_size: int = 64
     save_every: int = 0
+    schedule: Schedule = field(default_factory=Schedule)
+    subnets_per_pass: int | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -124,6 +130,8 @@ class TrainingOptions:
             raise InputError(f"tokens_per_step must be above 0, got {self.tokens_per_step}")
         if self.warmup is not None and not 0 <= self.warmup < 1:
             raise InputError(f"warmup is a share of the steps in [0, 1), got {self.warmup}")
+        if self.subnets_per_pass is not None and self.subnets_per_pass < 1:
+            raise InputError(f"subnets_per_pass must be above 0, got {self.subnets_per_pass}")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise InputError(f"precision must be fp32, bf16 or fp16, got {self.precision!r}")
 
@@ -241,6 +249,8 @@ def run_stage(
         teacher=teacher if stage.recipe is not None else None,
         recipe=stage.recipe,
         tokens_per_step=options.tokens_per_step,
+        schedule=options.schedule,
+        subnets_per_pass=options.subnets_per_pass,
         save_every=options.save_every,
         processing_class=data.tokenizer,
     )

@@ -8,10 +8,12 @@ checkpoints that make an interrupted run end with the weights of an uninterrupte
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,13 @@ from dynabert_fast.errors import SaveError
 from dynabert_fast.evaluation.grid import make_batches, score_grid, total_score
 from dynabert_fast.files import is_write_failure, save_error, whole_folder, write_manifest
 from dynabert_fast.models import DynaBertForSequenceClassification
+from dynabert_fast.models.packed import PackedSequences
 from dynabert_fast.subnet import Subnet
-from dynabert_fast.training.batches import PackingCollator
-from dynabert_fast.training.losses import Distillation, distillation_loss, matched_layers
+from dynabert_fast.training.batches import PackingCollator, batch_shares
+from dynabert_fast.training.losses import Distillation, TreeDistillation
+from dynabert_fast.training.schedules import Schedule
 from dynabert_fast.training.watch import LossWatch, all_finite, bad_weights
+from dynabert_fast.tree import SubnetTree
 
 #: Name of the sum of the primary metric over the grid, which chooses the best checkpoint.
 GRID_SUM = "grid_sum"
@@ -61,6 +66,9 @@ class ElasticTrainer(Trainer):
             learns from labels.
         recipe: The distillation loss.
         tokens_per_step: Real tokens of an optimiser step, as in `TrainingOptions`.
+        schedule: Which of `subnets` each step takes; default all.
+        subnets_per_pass: At most so many in one forward and backward pass; default all of a step's.
+            Fewer need less memory for activations and more time.
         save_every: Also save a checkpoint every so many steps (0: only after each epoch).
         **kwargs: Of `transformers.Trainer`.
     """
@@ -78,6 +86,8 @@ class ElasticTrainer(Trainer):
         teacher: DynaBertForSequenceClassification | None = None,
         recipe: Distillation | None = None,
         tokens_per_step: int | None = None,
+        schedule: Schedule | None = None,
+        subnets_per_pass: int | None = None,
         save_every: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -100,11 +110,21 @@ class ElasticTrainer(Trainer):
         )
         self.subnets = tuple(subnets)
         self.eval_subnets = tuple(eval_subnets or subnets)
+        self.schedule = schedule or Schedule()
+        self.subnets_per_pass = subnets_per_pass
         self.metric = metric
         self.recipe = recipe
         self.teacher = teacher
         if teacher is not None:
             teacher.to(self.args.device).eval().requires_grad_(False)
+
+        @functools.lru_cache(maxsize=64)
+        def lesson(tree: SubnetTree) -> TreeDistillation:
+            assert recipe is not None
+            assert teacher is not None
+            return TreeDistillation(recipe, teacher.config, tree)
+
+        self._lesson = lesson
         self._eval_batches = make_batches(
             eval_dataset, data_collator, args.per_device_eval_batch_size
         )
@@ -131,51 +151,61 @@ class ElasticTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Forward and backward of every sub-network; gradients add up in the parameters.
+        """Forward and backward of the step's sub-networks; gradients add up in the parameters.
 
         Returns:
             The sum of the sub-networks' losses, detached.
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        teaching: dict[Subnet, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        shape, mask = tuple(inputs["input_ids"].shape), inputs.get("attention_mask")
+        if not isinstance(mask, PackedSequences):  # another collator's
+            mask = PackedSequences.from_mask(shape, mask, self.args.device)
+            inputs = {**inputs, "attention_mask": mask}
+        shares = batch_shares(shape[0], mask.tokens, self.args.device)
+        teaching = _Teaching()
+        passes = self._passes()
         total = torch.zeros((), device=self.args.device)
-        for i, subnet in enumerate(self.subnets):
+        for tree in passes:
             # Processes exchange gradients once a step, in the last backward.
-            last = i == len(self.subnets) - 1
+            last = tree is passes[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    loss = self._subnet_loss(model, inputs, subnet, teaching)
-                    loss = loss / self.current_gradient_accumulation_steps
+                    losses = self._pass_loss(model, inputs, tree, teaching)
+                    # Means over examples, and over tokens, of the batch that all processes share.
+                    parts = [loss * s.to(loss.dtype) for loss, s in zip(losses, shares, strict=True)]
+                    loss = sum(parts) / self.current_gradient_accumulation_steps
                 self.accelerator.backward(loss)
             total += loss.detach()
         self._watch_loss(inputs, total)
         return total
 
-    def _subnet_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        subnet: Subnet,
-        teaching: dict[Subnet, tuple[Tensor, tuple[Tensor, ...]]],
-    ) -> Tensor:
-        """Loss of one sub-network: from labels, or from its teacher (whose passes are kept)."""
+    def _passes(self) -> tuple[SubnetTree, ...]:
+        """The step's sub-networks; those that share most come together in one pass."""
+        subnets = self.schedule.choose(self.subnets, self.args.seed, self.state.global_step)
+        return _make_passes(subnets, self.subnets_per_pass or len(subnets))
+
+    def _pass_loss(
+        self, model: nn.Module, inputs: dict[str, Any], tree: SubnetTree, teaching: _Teaching
+    ) -> tuple[Tensor, Tensor]:
+        """The summed losses of a tree's sub-networks: means over examples, and over tokens.
+
+        They come from labels, or from the teacher's logits and hidden states.
+        """
         if self.recipe is None or self.teacher is None:
-            return model(**inputs, subnet=subnet).loss
+            loss = model(**inputs, subnet=tree).loss
+            return loss, torch.zeros_like(loss)
+        lesson = self._lesson(tree)
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        hidden = self.recipe.hidden > 0
-        of = self.recipe.teacher_subnet(self.teacher.config, subnet)
-        if of not in teaching:
+        arguments = {"output_hidden_states": self.recipe.hidden > 0, "unpack": False}
+        if lesson.teachers.subnets != teaching.subnets:
             with torch.no_grad(), self.accelerator.autocast():
-                output = self.teacher(
-                    **inputs, subnet=of, output_hidden_states=hidden, unpack=False
-                )
-            teaching[of] = (output.logits, output.hidden_states or ())
-        output = model(**inputs, subnet=subnet, output_hidden_states=hidden, unpack=False)
-        logits, states = teaching[of]
-        wanted = [states[i] for i in matched_layers(subnet, of)] if hidden else []
-        return distillation_loss(
-            self.recipe, output.logits, logits, output.hidden_states or (), wanted
+                teaching.output = self.teacher(**inputs, subnet=lesson.teachers, **arguments)
+            teaching.subnets = lesson.teachers.subnets
+        output = model(**inputs, subnet=tree, **arguments)
+        taught = teaching.output
+        return lesson(
+            output.logits, taught.logits, output.hidden_states or (), taught.hidden_states or ()
         )
 
     def _watch_loss(self, inputs: dict[str, Any], loss: Tensor) -> None:
@@ -329,6 +359,29 @@ class ElasticTrainer(Trainer):
         for step, folder in checkpoints(run):
             if folder.name not in keep and step < self.state.global_step:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class _Teaching:
+    """What the teacher said in a step, and as which sub-networks."""
+
+    subnets: tuple[Subnet, ...] = ()
+    output: Any = None
+
+
+@functools.lru_cache(maxsize=64)
+def _make_passes(subnets: tuple[Subnet, ...], most: int) -> tuple[SubnetTree, ...]:
+    """Trees of at most so many sub-networks: neighbours have the longest common beginnings."""
+    order = sorted(
+        subnets,
+        key=lambda s: [
+            (layer, -heads, -neurons)
+            for layer, heads, neurons in zip(s.layers, s.heads, s.neurons, strict=True)
+        ],
+    )
+    if most >= len(subnets):
+        return (SubnetTree(subnets),)
+    return tuple(SubnetTree(order[i : i + most]) for i in range(0, len(order), most))
 
 
 class _ChooseEpoch(TrainerCallback):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from dynabert_fast.data import (
     Collator,
@@ -38,6 +38,7 @@ from dynabert_fast.models.packed import PackedSequences
 from dynabert_fast.subnet import Subnet
 from dynabert_fast.training.batches import PackingCollator, batch_shares
 from dynabert_fast.training.losses import Distillation, TreeDistillation
+from dynabert_fast.training.memory import reused_memory
 from dynabert_fast.training.schedules import Schedule
 from dynabert_fast.training.watch import LossWatch, all_finite, bad_weights
 from dynabert_fast.tree import SubnetTree
@@ -143,6 +144,12 @@ class ElasticTrainer(Trainer):
         if save_every:
             self.add_callback(_SaveEvery(save_every))
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the Trainer's; on a CPU, freed memory is used again without asking the system."""
+        on_cpu = self.args.device.type == "cpu"
+        with reused_memory() if on_cpu else contextlib.nullcontext():
+            return super().train(*args, **kwargs)
+
     # --- one step ---------------------------------------------------------------------------------
 
     def training_step(
@@ -173,7 +180,7 @@ class ElasticTrainer(Trainer):
                 with self.compute_loss_context_manager():
                     losses = self._pass_loss(model, inputs, tree, teaching)
                     # Means over examples, and over tokens, of the batch that all processes share.
-                    parts = [loss * s.to(loss.dtype) for loss, s in zip(losses, shares, strict=True)]
+                    parts = [x * s.to(x.dtype) for x, s in zip(losses, shares, strict=True)]
                     loss = sum(parts) / self.current_gradient_accumulation_steps
                 self.accelerator.backward(loss)
             total += loss.detach()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import os
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from torch.utils.data import Dataset
 from dynabert_fast.data import Collator, LengthGroupedSampler
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.models.conversion import to_huggingface
+from dynabert_fast.models.packed import PackedSequences
 from dynabert_fast.subnet import Subnet, grid
 from dynabert_fast.training import Distillation, ElasticTrainer, TrainingOptions, stages
 
@@ -94,7 +94,6 @@ class Ours:
         options = TrainingOptions(batch_size=BATCH, precision=precision)
         folder = tempfile.gettempdir()  # nothing is saved
         data = Texts([4])
-        more = {} if subnets_per_pass is None else {"subnets_per_pass": subnets_per_pass}
         self.trainer = ElasticTrainer(
             model=student,
             args=options.arguments(folder, is_roberta=False, progress=False),
@@ -105,7 +104,7 @@ class Ours:
             metric="accuracy",
             teacher=teacher,
             recipe=None if teacher is None else Distillation(teacher_width=teacher_width),
-            **more,
+            subnets_per_pass=subnets_per_pass,
         )
         self.trainer.current_gradient_accumulation_steps = 1  # as `train` sets it
         optimizer = self.trainer.create_optimizer()
@@ -115,7 +114,13 @@ class Ours:
     def gradients(self, batch: Batch) -> Tensor:
         # Accelerate has one state for all trainers, the last one's: its precision is the teacher's.
         AcceleratorState().__dict__.update(self.state)
-        return self.trainer.training_step(self.model, dict(batch))
+        return self.trainer.training_step(self.model, self.collated(batch))
+
+    def collated(self, batch: Batch) -> dict[str, Any]:
+        """A batch on the host as the trainer's loader gives it: packed there, then moved."""
+        mask, device = batch["attention_mask"], self.trainer.args.device
+        packed = PackedSequences.from_mask(tuple(mask.shape), mask, mask.device)
+        return on(device, batch) | {"attention_mask": packed.to(device)}
 
     def step(self, batch: Batch) -> Tensor:
         loss = self.gradients(batch)
@@ -138,20 +143,16 @@ def loop(models: Models, precision: str = "fp32", teacher: str = "same", sdpa: b
     )
 
 
-def per_pass_is_known() -> bool:
-    return "subnets_per_pass" in inspect.signature(ElasticTrainer).parameters
-
-
 @functools.cache
 def check(size: str, precision: str, loop_precision: str = "fp32", device: str = "cpu") -> None:
     """Without dropout and padding both have the same gradients, at either teacher."""
     pair = tuple(model.to(device) for model in models(size, **DROPOUT_OFF))
-    batch = on(device, collate(Texts([16] * 4), range(4)))
+    batch = collate(Texts([16] * 4), range(4))
     for teacher in ("same", "full"):
         ours = Ours(pair, precision, teacher)
         plain = loop(pair, loop_precision, teacher)
         ours.gradients(batch)
-        plain.gradients(batch)
+        plain.gradients(on(device, batch))
         student = ours.trainer.model
         found = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
         got = to_huggingface(found, student.config)
@@ -169,7 +170,7 @@ def collate(texts: Texts, indices: Iterable[int]) -> Batch:
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
-def on(device: str, batch: Batch) -> Batch:
+def on(device: str | torch.device, batch: Batch) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

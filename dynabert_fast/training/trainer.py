@@ -172,7 +172,7 @@ class ElasticTrainer(Trainer):
         shares = batch_shares(shape[0], mask.tokens, self.args.device)
         teaching = _Teaching()
         passes = self._passes()
-        total = torch.zeros((), device=self.args.device)
+        of_passes: list[Tensor] = []
         for tree in passes:
             # Processes exchange gradients once a step, in the last backward.
             last = tree is passes[-1]
@@ -183,9 +183,10 @@ class ElasticTrainer(Trainer):
                     parts = [x * s.to(x.dtype) for x, s in zip(losses, shares, strict=True)]
                     loss = sum(parts) / self.current_gradient_accumulation_steps
                 self.accelerator.backward(loss)
-            total += loss.detach()
-        self._watch_loss(inputs, total)
-        return total
+            of_passes.append(loss.detach())
+        found = torch.stack(of_passes)
+        self._watch_loss(inputs, found)
+        return found.sum()
 
     def _passes(self) -> tuple[SubnetTree, ...]:
         """The step's sub-networks; those that share most come together in one pass."""

@@ -540,7 +540,7 @@ class DynaBertModel(DynaBertPreTrainedModel):
             # Pieces of one split: their gradients are joined once.
             cut = [nodes * total for nodes in level.pieces]
             outputs.append(y.split(cut) if len(cut) > 1 else (y,))
-        last = join(tree.ends).unflatten(0, (-1, total))
+        last = join(tree.ends).unflatten(0, (1 + max(tree.order), total))
         hidden = [outputs[e.source[0]][e.source[1]] for e in tree.edges] if keep_hidden else []
         return last, hidden
 

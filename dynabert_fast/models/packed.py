@@ -89,7 +89,7 @@ class PackedSequences:
     def times(self, count: int, total: int) -> Self:
         """The batch, of `total` tokens, `count` times over: one lane for each."""
         starts = self.offsets[:-1]
-        shifts = torch.arange(0, count * total, total, dtype=starts.dtype, device=starts.device)
+        shifts = torch.arange(count, dtype=starts.dtype, device=starts.device) * total
         end = self.offsets[-1:] + (count - 1) * total
         offsets = torch.cat([(starts + shifts[:, None]).flatten(), end])
         rows, sequences = [total] * count, [len(starts)] * count

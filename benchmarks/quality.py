@@ -34,7 +34,7 @@ import torch
 
 from dynabert_fast.cli.arguments import quiet_libraries
 from dynabert_fast.data import TaskData, load_glue
-from dynabert_fast.errors import InputError, SaveError
+from dynabert_fast.errors import InputError, SaveError, TrainingError
 from dynabert_fast.evaluation import environment, make_batches, primary_metric, score_grid
 from dynabert_fast.evaluation.grid import Batches, write_aside
 from dynabert_fast.models import DynaBertForSequenceClassification
@@ -407,7 +407,11 @@ def run_missing(args: argparse.Namespace) -> None:
         for number, run in enumerate(runs, start=1):
             where = f"{run.task}, seed {run.seed}, {run.recipe}"
             print(f"== {number} of {len(runs)}: {where}", flush=True)
-            record = sessions[run.task].run(run)
+            try:
+                record = sessions[run.task].run(run)
+            except TrainingError as error:  # of this run; the others may do better
+                print(f"== {where}: {error}", flush=True)
+                continue
             cells = record["cells"].values()
             print(
                 f"== {where}: teacher {record['teacher']:.4f}, mean of {len(cells)} "

@@ -221,6 +221,15 @@ def test_the_sandwich_trains_four_sub_networks_a_step(command, monkeypatch):
     assert ends == {("w1.00-d1.00", "w0.25-d0.50")}
 
 
+def test_a_run_that_diverges_does_not_stop_the_others(command, quality, monkeypatch, capsys):
+    rate = {"learning_rate": 1e30}
+    changed = quality.Recipe("", training={"width": rate, "depth": rate})
+    monkeypatch.setitem(quality.RECIPES, "labels", changed)
+    found = command("--seeds=1", "--recipes=labels,final")
+    assert [record["recipe"] for record in found] == ["final"]
+    assert "== trec, seed 1, labels: the loss is nan" in capsys.readouterr().out
+
+
 def test_options_that_are_not_there_are_skipped(command, quality, monkeypatch, capsys):
     monkeypatch.setitem(
         quality.RECIPES, "labels", quality.Recipe("", training={"depth": {"no_such": 1}})

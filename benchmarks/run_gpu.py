@@ -10,6 +10,7 @@ as one process would take minutes for; then the benchmarks, one by one.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -61,8 +62,15 @@ class Part:
             env={**os.environ, **environment},
             stdout=self.output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
+        atexit.register(self._kill)
+
+    def _kill(self) -> None:
+        """Also what it started: compilers wait for work that will not come."""
+        atexit.unregister(self._kill)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def finish(self, until: float) -> bool:
         """Wait, but no longer; show what it said. Whether it passed."""
@@ -71,9 +79,7 @@ class Part:
             found = {0: "passed", NO_TESTS: "nothing to run"}.get(code, f"failed with {code}")
         except subprocess.TimeoutExpired:
             found = "stopped, for it took too long"
-        # Also what it started: compilers wait for work that will not come.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self._kill()
         self.process.wait()
         self.output.seek(0)
         text = self.output.read().decode(errors="replace").rstrip()

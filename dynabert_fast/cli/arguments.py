@@ -355,6 +355,11 @@ def add_training(parser: argparse.ArgumentParser, per_stage: bool = False) -> No
         "at most so many sub-networks in one forward and backward pass: less memory, more time "
         "(default all of a step's)",
     )
+    group.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="compute layers again in the backward pass: much less memory, a third more work",
+    )
     add("--seed", NATURAL, 42, "of data order, dropout and schedule (default 42)")
 
 
@@ -407,6 +412,7 @@ def training_options(args: argparse.Namespace, stage: str | None = None) -> Trai
         save_every=args.save_every,
         schedule=Schedule(args.schedule, args.drawn_subnets),
         subnets_per_pass=args.subnets_per_pass,
+        checkpointing=args.checkpointing,
         seed=args.seed,
     )
 

@@ -292,7 +292,9 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         for one in given:
             if not isinstance(one, Subnet):
                 raise InputError(f"subnet must be a Subnet, got {type(one).__name__}")
-            if one not in self._known_subnets:
+            if _compiling():  # a look into the set would be compiled in, and what it held then
+                one.check(self.config)
+            elif one not in self._known_subnets:
                 one.check(self.config)
                 self._known_subnets.add(one)
         if isinstance(subnet, SubnetTree):

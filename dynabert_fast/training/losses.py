@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -33,11 +32,14 @@ class Distillation:
         hidden: Weight of the hidden states' loss (lambda_2); 0 leaves them out.
         teacher_width: `same`: the teacher runs at the student's width (the paper); `full`: always
             at full width (the released code), one teacher pass per batch.
+        width_exponent: A sub-network's loss counts `width ** width_exponent` times: 0 for all alike
+            (the paper), negative for more weight on narrow ones. Explicit extents count once.
     """
 
     logits: float = 1.0
     hidden: float = 1.0
     teacher_width: TeacherWidth = "same"
+    width_exponent: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse weights that train nothing."""
@@ -47,8 +49,14 @@ class Distillation:
                 "distillation weights must be finite, at least 0 and not both 0, "
                 f"got logits {self.logits} and hidden {self.hidden}"
             )
+        if not math.isfinite(self.width_exponent):
+            raise InputError(f"width_exponent must be finite, got {self.width_exponent}")
         if self.teacher_width not in ("same", "full"):
             raise InputError(f"teacher_width must be same or full, got {self.teacher_width!r}")
+
+    def weight(self, student: Subnet) -> float:
+        """How many times the student's loss counts."""
+        return 1.0 if student.width is None else student.width**self.width_exponent
 
     def teacher_subnet(self, config: DynaBertConfig, student: Subnet) -> Subnet:
         """The teacher's sub-network for a student: full depth, full or the student's width.
@@ -107,9 +115,9 @@ class _Pair(NamedTuple):
     target: int
     target_first: int
     nodes: int
-    users: int  # sub-networks that learn so, in each of the nodes
+    users: float  # weight of the sub-networks that learn so, in each of the nodes
 
-    def goes_on_with(self, state: int, node: int, target: int, at: int, users: int) -> bool:
+    def goes_on_with(self, state: int, node: int, target: int, at: int, users: float) -> bool:
         """Whether a node of the students' lies right behind these, and likewise its target."""
         return (
             (state, target, users) == (self.state, self.target, self.users)
@@ -136,6 +144,7 @@ class TreeDistillation:
         self.teachers = SubnetTree(list(dict.fromkeys(own)))
         #: Which of the teachers each student has.
         self.teacher_of = [self.teachers.subnets.index(teacher) for teacher in own]
+        self._weights = [recipe.weight(student) for student in tree.subnets]
         self._pairs = self._match(tree) if recipe.hidden else []
 
     def _match(self, tree: SubnetTree) -> list[_Pair]:
@@ -149,7 +158,10 @@ class TreeDistillation:
         pairs: list[_Pair] = []
         for state, edge in enumerate(tree.edges):
             for node, users in enumerate(edge.users):
-                targets = Counter(place[edge.layer, self.teacher_of[user]] for user in users)
+                targets: dict[tuple[int, int], float] = {}
+                for user in users:
+                    found = place[edge.layer, self.teacher_of[user]]
+                    targets[found] = targets.get(found, 0.0) + self._weights[user]
                 for (target, at), count in targets.items():
                     last = pairs[-1] if pairs else None
                     if last is not None and last.goes_on_with(state, node, target, at, count):
@@ -180,13 +192,15 @@ class TreeDistillation:
         wanted = teacher_logits
         if self.teacher_of != list(range(len(teacher_logits))):
             wanted = torch.stack([teacher_logits[i] for i in self.teacher_of])
+        wanted = wanted.detach()
         compare = ops.hidden_mse if logits.shape[-1] == 1 else ops.soft_cross_entropy
-        # Every student has as many examples, so the mean over all is their mean.
-        of_logits = (
-            self.recipe.logits
-            * len(logits)
-            * compare(logits.flatten(0, 1), wanted.flatten(0, 1).detach())
-        )
+        if self.recipe.width_exponent == 0:
+            # Every student has as many examples, so the mean over all is the mean of their means.
+            of_logits = len(logits) * compare(logits.flatten(0, 1), wanted.flatten(0, 1))
+        else:
+            each = zip(self._weights, logits, wanted, strict=True)
+            of_logits = torch.stack([w * compare(own, target) for w, own, target in each]).sum()
+        of_logits = self.recipe.logits * of_logits
         if not self._pairs:
             return of_logits, torch.zeros_like(of_logits)
         students, teachers, weights = [], [], []

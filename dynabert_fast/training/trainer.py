@@ -38,7 +38,7 @@ from dynabert_fast.models.packed import PackedSequences
 from dynabert_fast.subnet import Subnet
 from dynabert_fast.training.batches import PackingCollator, batch_shares
 from dynabert_fast.training.losses import Distillation, TreeDistillation
-from dynabert_fast.training.memory import reused_memory
+from dynabert_fast.training.memory import StepMemory, reused_memory, step_memory
 from dynabert_fast.training.schedules import Schedule
 from dynabert_fast.training.watch import LossWatch, all_finite, bad_weights
 from dynabert_fast.tree import SubnetTree
@@ -149,6 +149,29 @@ class ElasticTrainer(Trainer):
         on_cpu = self.args.device.type == "cpu"
         with reused_memory() if on_cpu else contextlib.nullcontext():
             return super().train(*args, **kwargs)
+
+    def step_memory(self) -> tuple[StepMemory, int]:
+        """An estimate of a step's peak, and the tokens of the largest batch that it is for."""
+        lengths = sorted(self._sampler.lengths.tolist(), reverse=True)
+        tokens = sum(lengths[: self.args.train_batch_size])
+        if isinstance(self._sampler, TokenBudgetSampler):
+            tokens = max(sum(lengths[i] for i in batch) for batch in self._sampler)
+        passes = self._passes()
+        hidden = self.recipe is not None and self.recipe.hidden > 0
+        teachers = tuple(self._lesson(t).teachers for t in passes) if self.teacher else ()
+        model: Any = self.model
+        memory = step_memory(
+            model.config,
+            model.num_parameters(),
+            self.teacher.num_parameters() if self.teacher else 0,
+            passes,
+            teachers,
+            tokens,
+            half=self.args.bf16 or self.args.fp16,
+            hidden=hidden,
+            checkpointing=self.args.gradient_checkpointing,
+        )
+        return memory, tokens
 
     # --- one step ---------------------------------------------------------------------------------
 

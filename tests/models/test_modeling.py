@@ -559,7 +559,6 @@ def test_compiled_model_equals_eager(make_model, make_batch, masked, device, com
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the first sub-network's guard is on an empty set of known")
 def test_a_compiled_model_has_one_graph_for_each_sub_network(make_model, make_batch, device):
     torch.compiler.reset()
     counters.clear()

@@ -233,6 +233,10 @@ def _train(stage: str, args: argparse.Namespace) -> None:
 
     distils = stage != "final"
     augmentation = _augmentation(args) if distils else None
+    if augmentation is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"train-{stage} augments in one process; with several use fit, whose first process does"
+        )
     found = (shared.stages_of(args) if distils else stages(args.widths, args.depths))[stage]
     options = shared.training_options(args)
     config = load_config(args.checkpoint)

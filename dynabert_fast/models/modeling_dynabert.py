@@ -296,6 +296,8 @@ class DynaBertPreTrainedModel(PreTrainedModel):
                 one.check(self.config)
             elif one not in self._known_subnets:
                 one.check(self.config)
+                if len(self._known_subnets) >= 4096:  # random widths: new ones in every step
+                    self._known_subnets.clear()
                 self._known_subnets.add(one)
         if isinstance(subnet, SubnetTree):
             return subnet
@@ -624,8 +626,9 @@ class DynaBertModel(DynaBertPreTrainedModel):
                 `at`), else the whole model.
             output_hidden_states: Also return the embeddings' and every kept layer's output.
             return_dict: `False` for a plain tuple.
-            unpack: `False` returns hidden states of real tokens only, packed `[T, D]`; of several
-                sub-networks, sequences of one stand together, the deepest and widest first.
+            unpack: `False` returns hidden states of real tokens only, packed `[T, D]` (of a tree
+                `[n, T, D]`); where each sequence has a sub-network of its own, those of one stand
+                together, the deepest and widest first.
 
         Returns:
             `last_hidden_state` `[B, S, D]` (zero at padding), `pooler_output` `[B, D]`,

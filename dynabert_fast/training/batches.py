@@ -34,32 +34,36 @@ class PackingCollator:
         return {**batch, "attention_mask": packed}
 
 
-def batch_shares(examples: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What makes the mean over processes of local means the mean over the global batch.
+def batch_shares(
+    counts: Sequence[tuple[int, int]], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """What makes means over batches, added up, the mean over a whole step.
 
-    Process p of P has n_p examples (or tokens) and the mean m_p over them. The global mean is
-    `sum_p n_p m_p / sum_p n_p`, and processes average their gradients, so that p must multiply
-    its mean by `P n_p / sum_p n_p`: exactly 1 where all counts are equal, or P is 1.
+    A step has batches b of n_b examples (or tokens), accumulated in P processes, and their means
+    m_b. The step's mean is `sum_b n_b m_b / sum_b n_b`. Gradients of accumulated batches are added
+    and those of processes averaged, so that each mean is multiplied by `P n_b / sum_b n_b`: by
+    exactly 1 where each process has one batch of the same counts.
 
     All processes must call it together: counts are summed in one collective. Nothing waits for the
     device.
 
     Args:
-        examples: Of this process's batch; its loss of logits is a mean over them.
-        tokens: Likewise, real ones; the loss of hidden states is a mean over them.
+        counts: Examples and real tokens of each of this process's batches of the step. The loss of
+            logits is a mean over examples, that of hidden states one over tokens.
         device: Where the shares are needed.
 
     Returns:
-        The shares of the examples and of the tokens, float64 scalars.
+        For each batch the shares of its examples and of its tokens, float64 scalars.
     """
     processes = distributed.get_world_size() if distributed.is_initialized() else 1
+
+    def full(value: float) -> Tensor:  # by a kernel: a copy from the host could wait
+        return torch.full((), value, dtype=torch.float64, device=device)
+
+    sums = [sum(column) for column in zip(*counts, strict=True)]
     if processes == 1:
-        one = torch.ones((), dtype=torch.float64, device=device)
-        return one, one
-    # Filled by kernels: a copy from the host could wait.
-    counts = [torch.full((), n, dtype=torch.float64, device=device) for n in (examples, tokens)]
-    local = torch.stack(counts)
-    total = local.clone()
+        return [(full(n / sums[0]), full(t / sums[1])) for n, t in counts]
+    total = torch.stack([full(value) for value in sums])
     distributed.all_reduce(total)
-    examples_share, tokens_share = (local * processes / total).unbind()
-    return examples_share, tokens_share
+    examples, tokens = total.unbind()
+    return [(n * processes / examples, t * processes / tokens) for n, t in counts]

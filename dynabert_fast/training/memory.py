@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from dynabert_fast.models import DynaBertConfig
 from dynabert_fast.tree import SubnetTree
 
-# Parameters of glibc's mallopt, and its defaults.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
+# Parameters of glibc's mallopt, and what is left behind. Setting one ends glibc's own adaptation:
+# the thresholds are those that it reaches at most, for its first ones fault in every forward pass.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_AFTERWARDS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20, _MMAP_MAX: 65536}
 
 
 @contextlib.contextmanager
@@ -33,7 +34,7 @@ def reused_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, value in _DEFAULTS.items():
+        for parameter, value in _AFTERWARDS.items():
             libc.mallopt(parameter, value)
         libc.malloc_trim(0)
 
@@ -41,6 +42,8 @@ def reused_memory() -> Iterator[None]:
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes that a training step holds at its peak, as far as arithmetic can tell.
+
+    Copies of gradients that processes exchange are not in it.
 
     Attributes:
         weights: The student's parameters, their gradients and AdamW's two moments, in fp32, and the

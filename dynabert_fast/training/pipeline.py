@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -307,11 +308,13 @@ def fit(
         InputError: `output` is not empty (without `resume`), its run had other settings, `source`
             does not load, or the options do not fit it; then nothing was written.
         SaveError: Something could not be written.
+        TrainingError: A loss is not finite.
     """
     output, options = Path(output), options or FitOptions()
     check_options(load_config(source), options)
     settings = _settings(source, data, options)
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    # The others wait while the first augments, rewires and evaluates: hours, with much data.
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     first = processes.is_main_process
     progress = progress and first
     begun = not first or _begun(output, settings, resume)
@@ -431,6 +434,7 @@ def _settings(source: str | Path, data: TaskData, options: FitOptions) -> dict[s
     settings = {
         "model": str(source),
         "task": data.task.name,
+        "metric": data.task.metric,
         "train_examples": len(data.train),
         "dev_examples": len(data.dev),
         "max_length": options.max_length,

@@ -38,7 +38,7 @@ class Schedule:
 
     def choose(self, subnets: Sequence[Subnet], seed: int, step: int) -> tuple[Subnet, ...]:
         """The sub-networks of a step: a function of the arguments, the same in every process."""
-        if self.kind == "grid":
+        if self.kind == "grid" or len(subnets) == 1:
             return tuple(subnets)
         rng = random.Random(f"{seed} {step}")
         by_size = sorted(subnets, key=_size)

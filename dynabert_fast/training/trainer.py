@@ -13,7 +13,7 @@ import itertools
 import logging
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,7 @@ class ElasticTrainer(Trainer):
         self.metric = metric
         self.recipe = recipe
         self.teacher = teacher
+        self._shares: list[tuple[Tensor, Tensor]] = []  # of the step's batches that are to come
         if teacher is not None:
             teacher.to(self.args.device).eval().requires_grad_(False)
 
@@ -161,8 +162,8 @@ class ElasticTrainer(Trainer):
 
     def step_memory(self) -> tuple[StepMemory, int]:
         """An estimate of a step's peak, and the tokens of the largest batch that it is for."""
-        lengths = sorted(self._sampler.lengths.tolist(), reverse=True)
-        tokens = sum(lengths[: self.args.train_batch_size])
+        lengths = self._sampler.lengths.tolist()
+        tokens = sum(sorted(lengths, reverse=True)[: self.args.train_batch_size])
         if isinstance(self._sampler, TokenBudgetSampler):
             tokens = max(sum(lengths[i] for i in batch) for batch in self._sampler)
         passes = self._passes()
@@ -184,6 +185,14 @@ class ElasticTrainer(Trainer):
 
     # --- one step ---------------------------------------------------------------------------------
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """A step's batches in this process, and in passing what each of them counts for."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._shares = batch_shares([_counts(batch) for batch in batches], device)
+        return batches, items
+
     def training_step(
         self,
         model: nn.Module,
@@ -193,15 +202,16 @@ class ElasticTrainer(Trainer):
         """Forward and backward of the step's sub-networks; gradients add up in the parameters.
 
         Returns:
-            The sum of the sub-networks' losses, detached.
+            The sum of the sub-networks' losses, detached: this batch's part of the step's mean.
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        shape, mask = tuple(inputs["input_ids"].shape), inputs.get("attention_mask")
-        if not isinstance(mask, PackedSequences):  # another collator's
-            mask = PackedSequences.from_mask(shape, mask, self.args.device)
+        if not isinstance(inputs.get("attention_mask"), PackedSequences):  # another collator's
+            shape = tuple(inputs["input_ids"].shape)
+            mask = PackedSequences.from_mask(shape, inputs.get("attention_mask"), self.args.device)
             inputs = {**inputs, "attention_mask": mask}
-        shares = batch_shares(shape[0], mask.tokens, self.args.device)
+        # A call that is not `train`'s is a step of one batch.
+        shares = (self._shares or batch_shares([_counts(inputs)], self.args.device)).pop(0)
         teaching = _Teaching()
         passes = self._passes()
         of_passes: list[Tensor] = []
@@ -211,9 +221,9 @@ class ElasticTrainer(Trainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     losses = self._pass_loss(model, inputs, tree, teaching)
-                    # Means over examples, and over tokens, of the batch that all processes share.
+                    # Means over the examples, and the tokens, of the whole step.
                     parts = [x * s.to(x.dtype) for x, s in zip(losses, shares, strict=True)]
-                    loss = sum(parts) / self.current_gradient_accumulation_steps
+                    loss = torch.stack(parts).sum()
                 self.accelerator.backward(loss)
             of_passes.append(loss.detach())
         found = torch.stack(of_passes)
@@ -239,6 +249,7 @@ class ElasticTrainer(Trainer):
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         arguments = {"output_hidden_states": self.recipe.hidden > 0, "unpack": False}
         if lesson.teachers.subnets != teaching.subnets:
+            teaching.output = None  # before the next teacher's states are there
             with torch.no_grad(), self.accelerator.autocast():
                 teaching.output = self.teacher(**inputs, subnet=lesson.teachers, **arguments)
             teaching.subnets = lesson.teachers.subnets
@@ -289,6 +300,7 @@ class ElasticTrainer(Trainer):
             `<prefix>_<sub-network>_<metric>` for each, and `<prefix>_grid_sum`, the sum of the
             primary metric over them.
         """
+        self._watch.finish()  # no losses are left that nobody looked at
         batches = self._eval_batches
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:
             size = self.args.per_device_eval_batch_size
@@ -407,6 +419,11 @@ class _Teaching:
 
     subnets: tuple[Subnet, ...] = ()
     output: Any = None
+
+
+def _counts(inputs: dict[str, Any]) -> tuple[int, int]:
+    """Examples and real tokens of a batch."""
+    return len(inputs["input_ids"]), inputs["attention_mask"].tokens
 
 
 def _make_passes(subnets: tuple[Subnet, ...], most: int) -> tuple[SubnetTree, ...]:

@@ -28,7 +28,7 @@ def work(rank: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     shares = {
-        name: [s.item() for s in batch_shares(*counts[rank], torch.device("cpu"))]
+        name: [s.item() for s in batch_shares([counts[rank]], torch.device("cpu"))[0]]
         for name, counts in COUNTS.items()
     }
     (folder / f"{rank}.json").write_text(json.dumps(shares))
@@ -63,8 +63,16 @@ def test_equal_counts_have_a_share_of_one(shares):
 
 
 def test_one_process_has_a_share_of_one():
-    found = batch_shares(3, 40, torch.device("cpu"))
+    (found,) = batch_shares([(3, 40)], torch.device("cpu"))
     assert [(share.item(), share.shape) for share in found] == [(1.0, ())] * 2
+
+
+def test_accumulated_batches_count_by_their_sizes():
+    found = batch_shares([(3, 40), (5, 24)], torch.device("cpu"))
+    assert [[share.item() for share in both] for both in found] == [
+        [3 / 8, 40 / 64],
+        [5 / 8, 24 / 64],
+    ]
 
 
 # --- packing --------------------------------------------------------------------------------------

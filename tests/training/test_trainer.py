@@ -317,7 +317,7 @@ def test_accumulated_batches_are_averaged(make_trainer):
         batch_size=4, gradient_accumulation=2, learning_rate=STILL, **ONE_EPOCH
     )
     # Three batches: the second step of the epoch has one batch only, and is not halved.
-    trainer, batches, gradients = run_and_record(make_trainer, options, train=12)
+    trainer, batches, gradients = run_and_record(make_trainer, options, train=12, length=5)
     assert len(batches) == 3
     one, two, three = (
         plain_loop(trainer.model, trainer.teacher, trainer.subnets, batch, trainer.recipe)[0]
@@ -329,10 +329,10 @@ def test_accumulated_batches_are_averaged(make_trainer):
 
 
 def test_two_batches_of_4_are_one_of_8(make_trainer):
-    # Texts of one length: a mean over tokens is then also a mean over texts.
+    # Of any lengths: each batch counts by its texts and tokens.
     settings = dict(learning_rate=STILL, **ONE_EPOCH)
     found = [
-        run_and_record(make_trainer, TrainingOptions(**split, **settings), train=8, length=5)
+        run_and_record(make_trainer, TrainingOptions(**split, **settings), train=8)
         for split in ({"batch_size": 4, "gradient_accumulation": 2}, {"batch_size": 8})
     ]
     (two,), (one,) = (gradients.steps for *_, gradients in found)

@@ -54,8 +54,8 @@ struct Gpu {
   }
 };
 
-/// All blocks have come, and see what each wrote before. The counter's highest bit flips when the last one comes, and
-/// nobody has to reset it: it may have any value before a launch.
+/// All blocks have come, and see what each wrote before. The counter's highest bit flips when the last one comes; its
+/// other bits are zero then, as they were at the start, so that nobody has to reset it between launches.
 __device__ __forceinline__ void grid_barrier(uint32_t* counter) {
   __syncthreads();
   if (threadIdx.x == 0) {

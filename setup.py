@@ -1,8 +1,9 @@
-"""Builds the native modules `dynabert_fast._cpu` and `._cuda` by CMake and Ninja; metadata: pyproject.toml.
+"""Builds the native modules `dynabert_fast._cpu` and `._cuda`; metadata: pyproject.toml.
 
-`DYNABERT_FAST_NATIVE=0` leaves both out: then everything but the CPU engine works. `DYNABERT_FAST_CUDA` says whether
-`_cuda` is built: `0` no, `1` yes, `auto` (default) where there is an nvcc; without it the GPU has the Triton kernels.
-`TORCH_CUDA_ARCH_LIST` says for which GPUs, by default for those of `ARCHITECTURES`.
+`DYNABERT_FAST_NATIVE=0` leaves both out: then everything but the CPU engine works.
+`DYNABERT_FAST_CUDA` says whether `_cuda` is built: `0` no, `1` yes, `auto` (default) where there is
+an nvcc; without it a GPU has the Triton kernels. `TORCH_CUDA_ARCH_LIST` says for which GPUs, by
+default for those of `ARCHITECTURES`.
 """
 
 import os
@@ -46,14 +47,15 @@ def tool(name: str) -> str:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler: `CUDACXX`, of `CUDA_HOME`, on PATH, of /usr/local/cuda, or of the wheel nvidia-cuda-nvcc."""
+    """The CUDA compiler: `CUDACXX`, of `CUDA_HOME`, on PATH, or of the wheel nvidia-cuda-nvcc."""
     given = os.environ.get("CUDACXX")
     if given:
         if path := shutil.which(given):
             return path
         raise SystemExit(f"error: CUDACXX must be the name of an nvcc, got {given!r}")
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    places = [*(Path(home, "bin") for home in homes if home), *os.get_exec_path(), "/usr/local/cuda/bin"]
+    places = [*(Path(home, "bin") for home in homes if home), *os.get_exec_path()]
+    places.append("/usr/local/cuda/bin")
     wheels = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin"), reverse=True)
     return shutil.which("nvcc", path=os.pathsep.join(map(str, [*places, *wheels])))
 
@@ -65,8 +67,8 @@ def wants_cuda() -> bool:
         raise SystemExit(f"error: DYNABERT_FAST_CUDA must be 0, 1 or auto, got {given!r}")
     if given == "1" and nvcc() is None:
         raise SystemExit(
-            "error: DYNABERT_FAST_CUDA=1 needs nvcc, which is not on PATH: install the CUDA toolkit, or the wheels of "
-            "the extra `cuda-build`, or set CUDACXX; DYNABERT_FAST_CUDA=0 goes without"
+            "error: DYNABERT_FAST_CUDA=1 needs nvcc, which is not on PATH: install the CUDA "
+            "toolkit, or dynabert-fast[cuda-build], or set CUDACXX; 0 goes without"
         )
     return given != "0" and nvcc() is not None
 
@@ -74,12 +76,13 @@ def wants_cuda() -> bool:
 def architectures() -> str:
     """`TORCH_CUDA_ARCH_LIST` ("8.0;9.0a+PTX") as CMake names them ("80-real;90a")."""
     found = []
-    for name in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES):
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES
+    for name in re.split(r"[;,\s]+", asked):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)
         if not match or int(match[1]) < 8:
             raise SystemExit(
-                "error: TORCH_CUDA_ARCH_LIST must list compute capabilities from 8.0 on, like 8.0;9.0a+PTX (or set "
-                f"DYNABERT_FAST_CUDA=0), got {name!r}"
+                "error: TORCH_CUDA_ARCH_LIST must list compute capabilities from 8.0 on, like "
+                f"8.0;9.0a+PTX (or set DYNABERT_FAST_CUDA=0), got {name!r}"
             )
         found.append(f"{match[1]}{match[2]}" + ("" if match[3] else "-real"))
     return ";".join(found)
@@ -119,7 +122,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         folder = ROOT / "build" / f"{module[1:]}-{sysconfig.get_config_var('SOABI')}"
         # CMake cannot change the compiler of a folder and keep the other settings.
-        marker, compilers = folder / "compiler", f"{chosen} {special.get('CMAKE_CUDA_COMPILER', '')}"
+        marker = folder / "compiler"
+        compilers = f"{chosen} {special.get('CMAKE_CUDA_COMPILER', '')}"
         if not marker.is_file() or marker.read_text() != compilers:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)

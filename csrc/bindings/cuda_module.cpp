@@ -31,7 +31,8 @@ Epilogue epilogue_from(const std::string& name) {
   for (std::size_t i = 0; i < names.size(); ++i) {
     if (name == names[i]) return static_cast<Epilogue>(i);
   }
-  throw std::invalid_argument("an epilogue is '', bias, relu, gelu_tanh, 'sums of a' or 'sums of b', got " + name);
+  throw std::invalid_argument("an epilogue is '', bias, relu, gelu_tanh, 'sums of a' or 'sums of b', got " +
+                              name);
 }
 
 /// A sub-network's encoder for batches of one size, planned once.
@@ -39,9 +40,11 @@ class PersistentEncoder {
  public:
   static constexpr int kWeights = 12;  // of a layer, in the order of `Layer`
 
-  PersistentEncoder(int tokens, int sequences, int longest, int hidden, int head_size, const std::string& activation,
-                    float eps, const std::vector<std::array<uintptr_t, kWeights>>& weights,
-                    const std::vector<std::pair<int, int>>& extents, std::optional<std::pair<int, int>> device) {
+  PersistentEncoder(int tokens, int sequences, int longest, int hidden, int head_size,
+                    const std::string& activation, float eps,
+                    const std::vector<std::array<uintptr_t, kWeights>>& weights,
+                    const std::vector<std::pair<int, int>>& extents,
+                    std::optional<std::pair<int, int>> device) {
     if (weights.size() != extents.size() || weights.size() > kMostLayers) {
       throw std::invalid_argument("there must be the extents of each of 1 to " + std::to_string(kMostLayers) +
                                   " layers, got " + std::to_string(weights.size()) + " layers, " +
@@ -56,8 +59,24 @@ class PersistentEncoder {
     for (int i = 0; i < e_.layers; ++i) {
       const auto& w = weights[i];
       auto at = [&](int n) { return pointer<const Bf16>(w[n]); };
-      e_.layer[i] = {at(0), at(1), at(2), at(3), at(4),  at(5),
-                     at(6), at(7), at(8), at(9), at(10), at(11), extents[i].first, extents[i].second, {}, {}, {}, {}};
+      e_.layer[i] = {at(0),
+                     at(1),
+                     at(2),
+                     at(3),
+                     at(4),
+                     at(5),
+                     at(6),
+                     at(7),
+                     at(8),
+                     at(9),
+                     at(10),
+                     at(11),
+                     extents[i].first,
+                     extents[i].second,
+                     {},
+                     {},
+                     {},
+                     {}};
       for (uintptr_t address : w) {
         if (address % 16) throw std::invalid_argument("weights must begin at multiples of 16 bytes");
       }
@@ -116,8 +135,9 @@ class PersistentEncoder {
 
 bool run_matmul(std::array<int64_t, 3> sizes, std::array<bool, 2> transposed, std::pair<uintptr_t, int64_t> a,
                 std::pair<uintptr_t, int64_t> b, std::pair<uintptr_t, int64_t> d, bool bf16,
-                const std::string& epilogue, uintptr_t bias, std::pair<uintptr_t, int64_t> pre, bool tokens_inside,
-                int device, std::pair<uintptr_t, std::size_t> workspace, uintptr_t stream) {
+                const std::string& epilogue, uintptr_t bias, std::pair<uintptr_t, int64_t> pre,
+                bool tokens_inside, int device, std::pair<uintptr_t, std::size_t> workspace,
+                uintptr_t stream) {
   Matmul c{};
   c.m = sizes[0], c.n = sizes[1], c.k = sizes[2];
   c.transpose_a = transposed[0], c.transpose_b = transposed[1];
@@ -134,8 +154,8 @@ bool run_matmul(std::array<int64_t, 3> sizes, std::array<bool, 2> transposed, st
 void run_pointwise(bool bf16, const std::string& activation, std::pair<int64_t, int64_t> shape,
                    std::pair<uintptr_t, int64_t> pre, std::pair<uintptr_t, int64_t> grad,
                    std::pair<uintptr_t, int64_t> out, uintptr_t stream) {
-  pointwise({pointer(pre.first), pointer(grad.first), pointer(out.first), shape.first, shape.second, pre.second,
-             grad.second, out.second, bf16, activation_from(activation)},
+  pointwise({pointer(pre.first), pointer(grad.first), pointer(out.first), shape.first, shape.second,
+             pre.second, grad.second, out.second, bf16, activation_from(activation)},
             pointer(stream));
 }
 
@@ -149,21 +169,22 @@ PYBIND11_MODULE(_cuda, module) {
       .def(py::init<int, int, int, int, int, std::string, float,
                     std::vector<std::array<uintptr_t, PersistentEncoder::kWeights>>,
                     std::vector<std::pair<int, int>>, std::optional<std::pair<int, int>>>(),
-           py::arg("tokens"), py::arg("sequences"), py::arg("longest"), py::arg("hidden"), py::arg("head_size"),
-           py::arg("activation"), py::arg("eps"), py::arg("weights"), py::arg("extents"),
-           py::arg("device") = py::none())
+           py::arg("tokens"), py::arg("sequences"), py::arg("longest"), py::arg("hidden"),
+           py::arg("head_size"), py::arg("activation"), py::arg("eps"), py::arg("weights"),
+           py::arg("extents"), py::arg("device") = py::none())
       .def_property_readonly("workspace_bytes", &PersistentEncoder::workspace_bytes)
       .def_property_readonly("blocks", &PersistentEncoder::blocks)
       .def_property_readonly("tile_rows", &PersistentEncoder::tile_rows)
-      .def("run", &PersistentEncoder::run, py::arg("x"), py::arg("offsets"), py::arg("workspace"), py::arg("stream"));
+      .def("run", &PersistentEncoder::run, py::arg("x"), py::arg("offsets"), py::arg("workspace"),
+           py::arg("stream"));
   module.def("load_cublaslt", &load_cublaslt, py::arg("paths"));
-  module.def("matmul", &run_matmul, py::arg("sizes"), py::arg("transposed"), py::arg("a"), py::arg("b"), py::arg("d"),
-             py::arg("bf16"), py::arg("epilogue"), py::arg("bias"), py::arg("pre"), py::arg("tokens_inside"),
-             py::arg("device"), py::arg("workspace"), py::arg("stream"));
+  module.def("matmul", &run_matmul, py::arg("sizes"), py::arg("transposed"), py::arg("a"), py::arg("b"),
+             py::arg("d"), py::arg("bf16"), py::arg("epilogue"), py::arg("bias"), py::arg("pre"),
+             py::arg("tokens_inside"), py::arg("device"), py::arg("workspace"), py::arg("stream"));
   module.def("matmul_counts", [] {
     const MatmulCounts c = matmul_counts();
     return std::make_pair(c.searches, c.calls);
   });
-  module.def("pointwise", &run_pointwise, py::arg("bf16"), py::arg("activation"), py::arg("shape"), py::arg("pre"),
-             py::arg("grad"), py::arg("out"), py::arg("stream"));
+  module.def("pointwise", &run_pointwise, py::arg("bf16"), py::arg("activation"), py::arg("shape"),
+             py::arg("pre"), py::arg("grad"), py::arg("out"), py::arg("stream"));
 }

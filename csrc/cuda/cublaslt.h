@@ -1,8 +1,8 @@
 // The part of cuBLASLt's C interface that `matmul.cpp` uses, found when the program runs.
 //
-// Declared here, so that the module is built where there is no cuBLASLt (its wheel, library and all, is half a gigabyte)
-// and imported where there is none. The interface is stable since CUDA 11; `tests/test_cuda_matmul.cpp` compares
-// with <cublasLt.h> where the compiler finds it.
+// Declared here, so that the module is built where there is no cuBLASLt (its wheel, library and all, is half
+// a gigabyte) and imported where there is none. The interface is stable since CUDA 11;
+// `tests/test_cuda_matmul.cpp` compares with <cublasLt.h> where the compiler finds it.
 #pragma once
 
 #include <cstddef>
@@ -62,12 +62,13 @@ struct Library {
   Status (*preference_create)(Preference*);
   Status (*preference_destroy)(Preference);
   Status (*preference_set)(Preference, PreferenceAttribute, const void*, size_t);
-  Status (*heuristic)(Handle, MatmulDesc, MatrixLayout, MatrixLayout, MatrixLayout, MatrixLayout, Preference, int,
-                      HeuristicResult*, int*);
-  Status (*algo_check)(Handle, MatmulDesc, MatrixLayout, MatrixLayout, MatrixLayout, MatrixLayout, const Algo*,
-                       HeuristicResult*);
-  Status (*matmul)(Handle, MatmulDesc, const void*, const void*, MatrixLayout, const void*, MatrixLayout, const void*,
-                   const void*, MatrixLayout, void*, MatrixLayout, const Algo*, void*, size_t, void*);
+  Status (*heuristic)(Handle, MatmulDesc, MatrixLayout, MatrixLayout, MatrixLayout, MatrixLayout, Preference,
+                      int, HeuristicResult*, int*);
+  Status (*algo_check)(Handle, MatmulDesc, MatrixLayout, MatrixLayout, MatrixLayout, MatrixLayout,
+                       const Algo*, HeuristicResult*);
+  Status (*matmul)(Handle, MatmulDesc, const void*, const void*, MatrixLayout, const void*, MatrixLayout,
+                   const void*, const void*, MatrixLayout, void*, MatrixLayout, const Algo*, void*, size_t,
+                   void*);
   size_t (*version)();
 };
 

@@ -18,8 +18,8 @@ Device current_device();
 /// The encoder, planned, on a stream (a cudaStream_t) of the current device. All blocks run at once.
 void encode(const Encoder& e, const Plan& plan, void* stream);
 
-/// Matrices of 2-byte floats [rows, columns], strides in elements: out = activate(pre), or out = grad activate'(pre)
-/// where there is a gradient.
+/// Matrices of 2-byte floats [rows, columns], strides in elements: out = activate(pre), or out = grad
+/// activate'(pre) where there is a gradient.
 struct Pointwise {
   const void *pre, *grad;
   void* out;

@@ -1,18 +1,21 @@
-// The encoder of a sub-network as one kernel whose blocks stay: phases of schedule.h, a grid's barrier between two.
+// The encoder of a sub-network as one kernel whose blocks stay: phases of schedule.h, a grid's barrier
+// between two.
 //
-// Why so. At batch 1 a phase takes one to four microseconds. As kernels of their own, phases would each wait for the one
-// before to end, for their launch, and then for their first weights. Here a block fetches the weights of its next product
-// while it computes, and across barriers: they need nothing that is computed. All weights come from memory once, as a
-// steady stream; behind a barrier a block waits for activations only, which lie in the L2 cache.
+// Why so. At batch 1 a phase takes one to four microseconds. As kernels of their own, phases would each wait
+// for the one before to end, for their launch, and then for their first weights. Here a block fetches the
+// weights of its next product while it computes, and across barriers: they need nothing that is computed. All
+// weights come from memory once, as a steady stream; behind a barrier a block waits for activations only,
+// which lie in the L2 cache.
 //
-// Why `mma.sync`, not wgmma: 16 to 128 rows are bound by the weights' bytes (170 MB of BERT-base at 4.8 TB/s: 35 us; its
-// products at 128 tokens, at two thirds of `mma.sync`'s rate on 132 multiprocessors: 50 us), and its operands may come
-// from registers in any order of the sum (tile.h), so that A never passes through shared memory. It is also the same
-// code on sm_80. Why `cp.async`, not bulk copies: those write rows as they lie in memory, which would have to be padded
-// or swizzled, transposed on reading, and fenced; 16 bytes a lane land where they are read, by the generic proxy.
+// Why `mma.sync`, not wgmma: 16 to 128 rows are bound by the weights' bytes (170 MB of BERT-base at 4.8 TB/s:
+// 35 us; its products at 128 tokens, at two thirds of `mma.sync`'s rate on 132 multiprocessors: 50 us), and
+// its operands may come from registers in any order of the sum (tile.h), so that A never passes through
+// shared memory. It is also the same code on sm_80. Why `cp.async`, not bulk copies: those write rows as they
+// lie in memory, which would have to be padded or swizzled, transposed on reading, and fenced; 16 bytes a
+// lane land where they are read, by the generic proxy.
 //
-// Shared memory: `kSmallBytes`, then two buffers. One holds the weights of the unit being computed, then its sums; the
-// other receives the weights of the next. Attention has the first when no product needs it.
+// Shared memory: `kSmallBytes`, then two buffers. One holds the weights of the unit being computed, then its
+// sums; the other receives the weights of the next. Attention has the first when no product needs it.
 #pragma once
 
 #include "phases.h"
@@ -54,14 +57,15 @@ struct Gpu {
   }
 };
 
-/// All blocks have come, and see what each wrote before. The counter's highest bit flips when the last one comes; its
-/// other bits are zero then, as they were at the start, so that nobody has to reset it between launches.
+/// All blocks have come, and see what each wrote before. The counter's highest bit flips when the last one
+/// comes; its other bits are zero then, as they were at the start, so that nobody has to reset it between
+/// launches.
 __device__ __forceinline__ void grid_barrier(uint32_t* counter) {
   __syncthreads();
   if (threadIdx.x == 0) {
     const uint32_t mine = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u;
-    __threadfence();
     uint32_t before, now;
+    // Releases what the whole block wrote: its other threads' writes come before __syncthreads.
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
                  : "=r"(before)
                  : "l"(counter), "r"(mine)

@@ -119,9 +119,22 @@ EpilogueKind kind_of(const Matmul& c) {
 
 /// Of the same algorithm are calls of one shape but for the tokens.
 std::vector<int64_t> key_of(const Matmul& c, int device, size_t workspace_bytes) {
-  return {device, c.m, c.tokens_inside ? c.n : token_bucket(c.n), c.tokens_inside ? token_bucket(c.k) : c.k,
-          c.transpose_a, c.transpose_b, c.a_stride, c.b_stride, c.d_stride, c.bf16, kind_of(c), c.pre_stride,
-          alignment(c.a), alignment(c.b), alignment(c.d), static_cast<int64_t>(workspace_bytes)};
+  return {device,
+          c.m,
+          c.tokens_inside ? c.n : token_bucket(c.n),
+          c.tokens_inside ? token_bucket(c.k) : c.k,
+          c.transpose_a,
+          c.transpose_b,
+          c.a_stride,
+          c.b_stride,
+          c.d_stride,
+          c.bf16,
+          kind_of(c),
+          c.pre_stride,
+          alignment(c.a),
+          alignment(c.b),
+          alignment(c.d),
+          static_cast<int64_t>(workspace_bytes)};
 }
 
 /// What cuBLASLt wants to know of a call.
@@ -169,8 +182,8 @@ bool search(const Library& l, Handle handle, const Matmul& c, const Description&
   set(kAlignD, alignment(c.d));
   HeuristicResult result{};
   int count = 0;
-  const Status status = l.heuristic(handle, of.desc.object, of.a.object, of.b.object, of.d.object, of.d.object,
-                                    preference.object, 1, &result, &count);
+  const Status status = l.heuristic(handle, of.desc.object, of.a.object, of.b.object, of.d.object,
+                                    of.d.object, preference.object, 1, &result, &count);
   if (status == kNotSupported || (status == kSuccess && count == 0)) return false;
   check(status, "cublasLtMatmulAlgoGetHeuristic");
   found = result.algo;
@@ -203,8 +216,8 @@ bool matmul(const Matmul& call, int device, void* workspace, size_t workspace_by
   auto found = s.algorithms.find(key);
   HeuristicResult ignored{};
   const bool fits = found != s.algorithms.end() &&
-                    s.library.algo_check(handle, of.desc.object, of.a.object, of.b.object, of.d.object, of.d.object,
-                                         &found->second, &ignored) == kSuccess &&
+                    s.library.algo_check(handle, of.desc.object, of.a.object, of.b.object, of.d.object,
+                                         of.d.object, &found->second, &ignored) == kSuccess &&
                     ignored.workspace <= workspace_bytes;
   if (!fits) {
     ++s.counts.searches;
@@ -214,9 +227,10 @@ bool matmul(const Matmul& call, int device, void* workspace, size_t workspace_by
   }
   ++s.counts.calls;
   const float one = 1, zero = 0;
-  check(s.library.matmul(handle, of.desc.object, &one, call.a, of.a.object, call.b, of.b.object, &zero, call.d,
-                         of.d.object, call.d, of.d.object, &found->second, workspace, workspace_bytes, stream),
-        "cublasLtMatmul");
+  check(
+      s.library.matmul(handle, of.desc.object, &one, call.a, of.a.object, call.b, of.b.object, &zero, call.d,
+                       of.d.object, call.d, of.d.object, &found->second, workspace, workspace_bytes, stream),
+      "cublasLtMatmul");
   return true;
 }
 

@@ -1,4 +1,5 @@
-// Products through cuBLASLt: epilogues, leading dimensions instead of copies, one search for an algorithm per shape.
+// Products through cuBLASLt: epilogues, leading dimensions instead of copies, one search for an algorithm per
+// shape.
 #pragma once
 
 #include <cstdint>

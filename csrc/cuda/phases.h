@@ -1,5 +1,5 @@
-// What a warp does between two points at which its block works together. Each function is a part of a phase; `kernel.cuh`
-// has the order, the block's barriers and the grid's.
+// What a warp does between two points at which its block works together. Each function is a part of a phase;
+// `kernel.cuh` has the order, the block's barriers and the grid's.
 //
 // `M` is the machine: a GPU's memory, or that of a simulation, which checks every access. It has
 //   warp                         number of this warp in its block
@@ -8,8 +8,8 @@
 //   half_activations(p)          8 of them
 //   weights(p)                   8 bytes that nobody writes
 //   sums(p)                      16 bytes of parts, written in an earlier phase
-//   copy(to, from, inside)       16 bytes of weights into shared memory, in the background; zeros unless inside
-//   store(p, low, high), store(p, sums)
+//   copy(to, from, inside)       16 bytes of weights into shared memory, in the background; zeros unless
+//   inside store(p, low, high), store(p, sums)
 #pragma once
 
 #include "schedule.h"
@@ -28,7 +28,8 @@ HD void multiply_add(PerLane<Float4>& sums, const PerLane<Fragment>& a, const Pe
   float* c = sums.value.value;
   const uint32_t *x = a.value.a, *y = b.value.b;
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
 #else
@@ -80,8 +81,7 @@ HD void fetch_weights(M& m, const Encoder& e, const Product& p, const Unit& u, i
   for (int number = m.warp; number < count; number += kWarps) {
     const int chunk = number / across, block = number % across;
     each_lane([&](int lane) {
-      const Place at =
-          p.rows ? place_in_rows(chunk, block, lane) : place_in_columns(chunk, block, lane);
+      const Place at = p.rows ? place_in_rows(chunk, block, lane) : place_in_columns(chunk, block, lane);
       const int index = u.first + at.index, column = u.column + at.column;
       const bool inside = index < u.last && column < p.columns;
       const int64_t row = p.rows ? column : index;
@@ -91,8 +91,9 @@ HD void fetch_weights(M& m, const Encoder& e, const Product& p, const Unit& u, i
   }
 }
 
-/// A tile of `kRowGroups` x `kFragments` x 16 rows. The block's warps are `kRowGroups` groups along the rows times
-/// `kParts` parts of the sum: a warp's share of A is no other's, so it comes straight from memory into registers.
+/// A tile of `kRowGroups` x `kFragments` x 16 rows. The block's warps are `kRowGroups` groups along the rows
+/// times `kParts` parts of the sum: a warp's share of A is no other's, so it comes straight from memory into
+/// registers.
 template <class M, int kRowGroups, int kFragments>
 struct ProductTile {
   static constexpr int kRows = 16 * kRowGroups * kFragments;
@@ -223,9 +224,9 @@ struct ProductTile {
     for (int j = 0; j < 8; ++j) {
       if (j < across) {
         each_lane([&](int lane) {
-          float* at = to + lane_row(lane) * pitch + 8 * j + 2 * lane_step(lane);
-          at[0] = sums[f][j][lane].value[2 * half];
-          at[1] = sums[f][j][lane].value[2 * half + 1];
+          const float* two = sums[f][j][lane].value + 2 * half;
+          *reinterpret_cast<Float2*>(to + lane_row(lane) * pitch + 8 * j +
+                                     2 * lane_step(lane)) = {{two[0], two[1]}};
         });
       }
     }
@@ -292,12 +293,14 @@ HD void fetch_bias(M& m, const Product& p, const Unit& u, float* to) {
 
 // ---- attention ----
 
-/// 16 queries of a head: each warp has 16 keys in 128, and what it found is merged in shared memory. kHead is 32 or 64.
+/// 16 queries of a head: each warp has 16 keys in 128, and what it found is merged in shared memory. kHead is
+/// 32 or 64.
 template <class M, int kHead>
 struct AttentionTile {
   static constexpr int kPitch = kHead + 4;
-  static constexpr int kSlab = kQueries * (kPitch + 2);  // floats of a warp: sums, then largest and total of each row
-  static constexpr int kEach = kHead / 8;                // columns of V that a lane loads, instructions of P V
+  static constexpr int kSlab =
+      kQueries * (kPitch + 2);             // floats of a warp: sums, then largest and total of each row
+  static constexpr int kEach = kHead / 8;  // columns of V that a lane loads, instructions of P V
 
   PerLane<float> largest[2], total[2];  // of rows g and g + 8; largest in log2 units
   PerLane<Float4> sums[kEach];
@@ -406,8 +409,8 @@ struct AttentionTile {
     }
   }
 
-  /// Scores of row g, or g + 8, become exponentials; what was found before is scaled to the new largest. The first key
-  /// is real, so the largest is finite.
+  /// Scores of row g, or g + 8, become exponentials; what was found before is scaled to the new largest. The
+  /// first key is real, so the largest is finite.
   HD void soften(PerLane<Float4> (&scores)[2], int half) {
     PerLane<float> most, added;
     each_lane([&](int lane) {
@@ -495,7 +498,8 @@ struct AttentionTile {
 
 // ---- norms ----
 
-/// x = norm(sum of parts + bias + x) of one row, four columns a thread, in three parts with the block's barrier between.
+/// x = norm(sum of parts + bias + x) of one row, four columns a thread, in three parts with the block's
+/// barrier between.
 template <class M>
 struct NormRow {
   PerLane<Float4> z;

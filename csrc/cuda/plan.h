@@ -1,4 +1,5 @@
-// Sizes of the units of a launch, chosen by a model of what they cost. On the host; nothing of it was measured yet.
+// Sizes of the units of a launch, chosen by a model of what they cost. On the host; nothing of it was
+// measured yet.
 #pragma once
 
 #include <algorithm>
@@ -40,8 +41,9 @@ constexpr int attention_bytes(int head_size) {
 
 namespace plan_detail {
 
-// Rates of an H200's multiprocessor, from data sheets and measurements of others: its share of the L2 cache, 5.5 TB/s
-// over 132; shared memory, 128 bytes a cycle; `mma.sync` at bfloat16, 1024 products a cycle, two thirds of it reached.
+// Rates of an H200's multiprocessor, from data sheets and measurements of others: its share of the L2
+// cache, 5.5 TB/s over 132; shared memory, 128 bytes a cycle; `mma.sync` at bfloat16, 1024 products a cycle,
+// two thirds of it reached.
 constexpr double kL2 = 42, kShared = 218, kProducts = 1200;  // bytes, bytes, products in a nanosecond
 constexpr double kLatency = 700;                             // ns: the first load, the last store
 

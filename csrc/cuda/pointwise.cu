@@ -1,5 +1,5 @@
-// Activations, and their gradients, of matrices that a product left: where the library fuses another form (its GELU is
-// the tanh one) or none.
+// Activations, and their gradients, of matrices that a product left: where the library fuses another form
+// (its GELU is the tanh one) or none.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(256) apply(const __grid_constant__ Pointwise p
   const int64_t across = (p.columns + kEach - 1) / kEach, total = p.rows * across;
   const T *pre = static_cast<const T*>(p.pre), *grad = static_cast<const T*>(p.grad);
   T* out = static_cast<T*>(p.out);
-  for (int64_t item = blockIdx.x * int64_t{256} + threadIdx.x; item < total; item += gridDim.x * int64_t{256}) {
+  for (int64_t item = blockIdx.x * int64_t{256} + threadIdx.x; item < total;
+       item += gridDim.x * int64_t{256}) {
     const int64_t row = item / across, column = item % across * kEach;
     const int count = kWide ? kEach : static_cast<int>(min(int64_t{kEach}, p.columns - column));
     const T* from = pre + row * p.pre_stride + column;

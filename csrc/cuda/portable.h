@@ -1,5 +1,6 @@
-// What lets one source be a kernel and its simulation: on a GPU a function's variables are those of one thread; on a
-// CPU it computes the 32 lanes of a warp one after the other, between points at which a warp works together.
+// What lets one source be a kernel and its simulation: on a GPU a function's variables are those of one
+// thread; on a CPU it computes the 32 lanes of a warp one after the other, between points at which a warp
+// works together.
 #pragma once
 
 #include <cmath>
@@ -29,6 +30,9 @@ using Bf16 = uint16_t;
 /// 16 bytes: what one lane moves at a time.
 struct alignas(16) Word4 {
   uint32_t word[4];
+};
+struct alignas(8) Float2 {
+  float value[2];
 };
 struct alignas(16) Float4 {
   float value[4];

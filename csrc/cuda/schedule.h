@@ -1,8 +1,8 @@
 // What a launch computes, in which order, and who computes it: integers only, the same on a CPU and on a GPU.
 //
-// An encoder of L layers is 7 L phases, with a barrier of the whole grid between two of them. In a phase each unit of
-// work is computed by one block: block b has the units b, b + grid, ... A phase reads what phases before it wrote, and
-// nothing that is written in it.
+// An encoder of L layers is 7 L phases, with a barrier of the whole grid between two of them. In a phase each
+// unit of work is computed by one block: block b has the units b, b + grid, ... A phase reads what phases
+// before it wrote, and nothing that is written in it.
 //
 //   phase      computes                                     unit
 //   qkv        qkv = x W^T + b                  [T, 3 h d]  rows x columns
@@ -20,7 +20,7 @@ namespace dynabert::cuda {
 
 enum class Step : int { kQkv, kAttention, kOut, kNorm1, kUp, kDown, kNorm2 };
 constexpr int kSteps = 7;
-constexpr int kMostLayers = 30;   // as many as fit into the 4 KB of a kernel's arguments
+constexpr int kMostLayers = 30;            // as many as fit into the 4 KB of a kernel's arguments
 constexpr int kMostHidden = 4 * kThreads;  // a thread normalises four columns
 constexpr int kSmallFloats = kMostColumns + 2 * kWarps;
 
@@ -83,7 +83,8 @@ HD Product product(const Encoder& e, int phase) {
     case Step::kUp:
       return {e.x, l.up_weight, l.up_bias, e.inner, l.neurons, e.hidden, true, e.activation, l.up};
     default:
-      return {e.inner, l.down_weight, nullptr, nullptr, e.hidden, l.neurons, false, Activation::kNone, l.down};
+      return {e.inner,   l.down_weight, nullptr,           nullptr, e.hidden,
+              l.neurons, false,         Activation::kNone, l.down};
   }
 }
 

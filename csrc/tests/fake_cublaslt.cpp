@@ -1,4 +1,5 @@
-// A library with the names of cuBLASLt that multiplies bfloat16 matrices on a CPU, so that what asks it is tested.
+// A library with the names of cuBLASLt that multiplies bfloat16 matrices on a CPU, so that what asks it is
+// tested.
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -46,11 +47,12 @@ Status cublasLtMatmulDescDestroy(MatmulDesc desc) {
   delete static_cast<Desc*>(desc);
   return kSuccess;
 }
-Status cublasLtMatmulDescSetAttribute(MatmulDesc desc, DescAttribute attribute, const void* value, size_t size) {
+Status cublasLtMatmulDescSetAttribute(MatmulDesc desc, DescAttribute attribute, const void* value,
+                                      size_t size) {
   Desc& d = *static_cast<Desc*>(desc);
   const std::map<DescAttribute, std::pair<void*, size_t>> places = {
-      {kTransA, {&d.transpose_a, 4}}, {kTransB, {&d.transpose_b, 4}},  {kEpilogue, {&d.epilogue, 4}},
-      {kBiasPointer, {&d.bias, 8}},   {kAuxPointer, {&d.pre, 8}},      {kAuxLeading, {&d.pre_stride, 8}},
+      {kTransA, {&d.transpose_a, 4}}, {kTransB, {&d.transpose_b, 4}}, {kEpilogue, {&d.epilogue, 4}},
+      {kBiasPointer, {&d.bias, 8}},   {kAuxPointer, {&d.pre, 8}},     {kAuxLeading, {&d.pre_stride, 8}},
   };
   const auto found = places.find(attribute);
   if (found == places.end() || found->second.second != size) return 7;
@@ -74,12 +76,14 @@ Status cublasLtMatmulPreferenceDestroy(Preference preference) {
   delete static_cast<int*>(preference);
   return kSuccess;
 }
-Status cublasLtMatmulPreferenceSetAttribute(Preference, PreferenceAttribute attribute, const void*, size_t size) {
+Status cublasLtMatmulPreferenceSetAttribute(Preference, PreferenceAttribute attribute, const void*,
+                                            size_t size) {
   return size == (attribute == kMaxWorkspace ? 8u : 4u) ? kSuccess : 7;
 }
 /// The algorithm remembers the columns it was searched for: it serves as many, and fewer.
-Status cublasLtMatmulAlgoGetHeuristic(Handle, MatmulDesc, MatrixLayout, MatrixLayout, MatrixLayout, MatrixLayout d,
-                                      Preference, int count, HeuristicResult* results, int* found) {
+Status cublasLtMatmulAlgoGetHeuristic(Handle, MatmulDesc, MatrixLayout, MatrixLayout, MatrixLayout,
+                                      MatrixLayout d, Preference, int count, HeuristicResult* results,
+                                      int* found) {
   const Layout& layout = *static_cast<Layout*>(d);
   *found = 0;
   if (layout.rows > kMostRows || count < 1) return kNotSupported;
@@ -93,19 +97,24 @@ Status cublasLtMatmulAlgoCheck(Handle, MatmulDesc, MatrixLayout, MatrixLayout, M
   result->workspace = 0;
   return algo->data[0] == 42 ? kSuccess : kNotSupported;
 }
-Status cublasLtMatmul(Handle, MatmulDesc desc, const void* alpha, const void* a, MatrixLayout a_layout, const void* b,
-                      MatrixLayout b_layout, const void* beta, const void*, MatrixLayout, void* out,
-                      MatrixLayout out_layout, const Algo* algo, void*, size_t, void*) {
+Status cublasLtMatmul(Handle, MatmulDesc desc, const void* alpha, const void* a, MatrixLayout a_layout,
+                      const void* b, MatrixLayout b_layout, const void* beta, const void*, MatrixLayout,
+                      void* out, MatrixLayout out_layout, const Algo* algo, void*, size_t, void*) {
   const Desc& d = *static_cast<Desc*>(desc);
   const Layout &la = *static_cast<Layout*>(a_layout), &lb = *static_cast<Layout*>(b_layout),
                &lo = *static_cast<Layout*>(out_layout);
   const int64_t m = lo.rows, n = lo.columns, k = d.transpose_a ? la.rows : la.columns;
   const bool good = algo->data[0] == 42 && *static_cast<const float*>(alpha) == 1 &&
                     *static_cast<const float*>(beta) == 0 && (d.transpose_a ? la.columns : la.rows) == m &&
-                    (d.transpose_b ? lb.columns : lb.rows) == k && (d.transpose_b ? lb.rows : lb.columns) == n;
+                    (d.transpose_b ? lb.columns : lb.rows) == k &&
+                    (d.transpose_b ? lb.rows : lb.columns) == n;
   if (!good) return 7;
-  auto left = [&](int64_t row, int64_t i) { return get(a, d.transpose_a ? row * la.stride + i : i * la.stride + row); };
-  auto right = [&](int64_t i, int64_t c) { return get(b, d.transpose_b ? i * lb.stride + c : c * lb.stride + i); };
+  auto left = [&](int64_t row, int64_t i) {
+    return get(a, d.transpose_a ? row * la.stride + i : i * la.stride + row);
+  };
+  auto right = [&](int64_t i, int64_t c) {
+    return get(b, d.transpose_b ? i * lb.stride + c : c * lb.stride + i);
+  };
   for (int64_t c = 0; c < n; ++c) {
     for (int64_t row = 0; row < m; ++row) {
       double sum = 0;

@@ -1,5 +1,5 @@
-// The GPU's encoder kernel on a CPU: its phases (cuda/phases.h) run as they are, warp by warp, in the order of
-// cuda/kernel.cuh, on memory that knows who wrote and who read what in which phase.
+// The GPU's encoder kernel on a CPU: its phases (cuda/phases.h) run as they are, warp by warp, in the order
+// of cuda/kernel.cuh, on memory that knows who wrote and who read what in which phase.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -22,12 +22,17 @@ struct Watched {
   const char* name;
   const char* begin;
   std::size_t bytes;
-  std::vector<int> written, read;    // phase of the last, -1 never
-  std::vector<int> writer, reader;   // block of the last; -2: several readers
+  std::vector<int> written, read;   // phase of the last, -1 never
+  std::vector<int> writer, reader;  // block of the last; -2: several readers
 
   Watched(const char* label, const void* memory, std::size_t size, bool ready)
-      : name(label), begin(static_cast<const char*>(memory)), bytes(size), written(size / 8, ready ? -1 : kNever),
-        read(size / 8, kNever), writer(size / 8, -1), reader(size / 8, -1) {}
+      : name(label),
+        begin(static_cast<const char*>(memory)),
+        bytes(size),
+        written(size / 8, ready ? -1 : kNever),
+        read(size / 8, kNever),
+        writer(size / 8, -1),
+        reader(size / 8, -1) {}
   static constexpr int kNever = -1000;
 
   bool holds(const void* p) const {
@@ -43,15 +48,17 @@ struct Memory {
 
   void wrong(const Watched& a, std::size_t cell, const char* what) {
     if (++mistakes > 5) return;
-    check::report(false, a.name, static_cast<int>(cell),
-                  std::string(what) + " in phase " + std::to_string(phase) + " by block " + std::to_string(block));
+    check::report(
+        false, a.name, static_cast<int>(cell),
+        std::string(what) + " in phase " + std::to_string(phase) + " by block " + std::to_string(block));
   }
   template <class F>
   void each_cell(const void* p, std::size_t size, F f) {
     for (Watched& a : arrays) {
       if (!a.holds(p)) continue;
       const std::size_t at = static_cast<const char*>(p) - a.begin;
-      if (at % size || at + size > a.bytes) return wrong(a, at / 8, "an access that is not aligned, or leaves");
+      if (at % size || at + size > a.bytes)
+        return wrong(a, at / 8, "an access that is not aligned, or leaves");
       for (std::size_t cell = at / 8; cell < (at + size) / 8; ++cell) f(a, cell);
       return;
     }
@@ -248,8 +255,8 @@ class Kernel {
       });
       each_warp(b, [&](Simulated& m) { norm[m.warp].centre(m, e_, sums); });
       each_warp(b, [&](Simulated& m) {
-        norm[m.warp].store(m, e_, first ? l.norm1_weight : l.norm2_weight, first ? l.norm1_bias : l.norm2_bias,
-                           row, sums);
+        norm[m.warp].store(m, e_, first ? l.norm1_weight : l.norm2_weight,
+                           first ? l.norm1_bias : l.norm2_bias, row, sums);
       });
     }
   }
@@ -299,10 +306,10 @@ struct Model {
     const int d = s.hidden, wide = s.heads * s.head_size;
     for (int i = 0; i < s.layers; ++i) {
       const double narrow = 1 / std::sqrt(d);
-      layers.push_back({draw(3 * wide * d, 0, 1.5 * narrow), draw(3 * wide, 0, 0.2), draw(wide * d, 0, narrow),
-                        draw(d, 0, 0.2), draw(d, 1, 0.1), draw(d, 0, 0.1), draw(s.neurons * d, 0, narrow),
-                        draw(s.neurons, 0, 0.2), draw(s.neurons * d, 0, narrow), draw(d, 0, 0.2), draw(d, 1, 0.1),
-                        draw(d, 0, 0.1)});
+      layers.push_back({draw(3 * wide * d, 0, 1.5 * narrow), draw(3 * wide, 0, 0.2),
+                        draw(wide * d, 0, narrow), draw(d, 0, 0.2), draw(d, 1, 0.1), draw(d, 0, 0.1),
+                        draw(s.neurons * d, 0, narrow), draw(s.neurons, 0, 0.2),
+                        draw(s.neurons * d, 0, narrow), draw(d, 0, 0.2), draw(d, 1, 0.1), draw(d, 0, 0.1)});
     }
   }
 };
@@ -333,7 +340,8 @@ double activation_of(Activation a, double x) {
 
 /// In double; or `rounded`, as torch computes in bfloat16: each op's result is rounded.
 std::vector<double> plain(const Model& model, const Subnet& net, const Vector& input,
-                          const std::vector<int64_t>& offsets, Activation activation, double eps, bool rounded) {
+                          const std::vector<int64_t>& offsets, Activation activation, double eps,
+                          bool rounded) {
   const int d = model.s.hidden, h = model.s.head_size, tokens = static_cast<int>(input.count) / d;
   auto r = [&](double v) { return rounded ? from_bf16(round_bf16(v)) : v; };
   std::vector<double> x(input.count);
@@ -415,9 +423,24 @@ Encoder encoder_of(const Model& model, const Subnet& net, int tokens) {
   e.scale = static_cast<float>(M_LOG2E / std::sqrt(model.s.head_size));
   for (int i = 0; i < e.layers; ++i) {
     const LayerWeights& l = model.layers[net.layers[i]];
-    e.layer[i] = {l.qkv.data(), l.qkv_bias.data(), l.out.data(), l.out_bias.data(), l.norm1.data(),
-                  l.norm1_bias.data(), l.up.data(), l.up_bias.data(), l.down.data(), l.down_bias.data(),
-                  l.norm2.data(), l.norm2_bias.data(), net.heads[i], net.neurons[i], {}, {}, {}, {}};
+    e.layer[i] = {l.qkv.data(),
+                  l.qkv_bias.data(),
+                  l.out.data(),
+                  l.out_bias.data(),
+                  l.norm1.data(),
+                  l.norm1_bias.data(),
+                  l.up.data(),
+                  l.up_bias.data(),
+                  l.down.data(),
+                  l.down_bias.data(),
+                  l.norm2.data(),
+                  l.norm2_bias.data(),
+                  net.heads[i],
+                  net.neurons[i],
+                  {},
+                  {},
+                  {},
+                  {}};
   }
   return e;
 }
@@ -431,7 +454,8 @@ struct Case {
   bool late;
 };
 
-/// Runs the simulated kernel and compares; every tile must have been computed once, from what phases before wrote.
+/// Runs the simulated kernel and compares; every tile must have been computed once, from what phases before
+/// wrote.
 void compare(const Model& model, const Subnet& net, const Case& c) {
   const int d = model.s.hidden, real = static_cast<int>(c.offsets.back());
   Encoder e = encoder_of(model, net, c.tokens);
@@ -448,7 +472,8 @@ void compare(const Model& model, const Subnet& net, const Case& c) {
     Tiling* tilings[] = {&l.qkv, nullptr, &l.out, nullptr, &l.up, &l.down, nullptr};
     for (int step = 0; step < kSteps; ++step) {
       if (!tilings[step]) continue;
-      plan_detail::choose(product(e, i * kSteps + step), e.tokens, c.tile, c.blocks, e.buffer_bytes, *tilings[step]);
+      plan_detail::choose(product(e, i * kSteps + step), e.tokens, c.tile, c.blocks, e.buffer_bytes,
+                          *tilings[step]);
     }
     l.down.depth = kChunk;  // the most parts there can be
   }
@@ -514,7 +539,8 @@ void compare(const Model& model, const Subnet& net, const Case& c) {
     theirs = std::max(theirs, std::fabs(usual[i] - exact[i]));
   }
   const bool good = ours <= 2 * theirs;
-  check::report(good, __FILE__, __LINE__, "error " + std::to_string(ours) + ", of plain bfloat16 " + std::to_string(theirs));
+  check::report(good, __FILE__, __LINE__,
+                "error " + std::to_string(ours) + ", of plain bfloat16 " + std::to_string(theirs));
 }
 
 const Sizes kTiny{96, 32, 4, 160, 4};  // no tile divides 96 columns, nor 40 neurons
@@ -644,7 +670,8 @@ TEST(what_cannot_be_computed_is_refused) {
     Encoder e{};
     e.tokens = tokens, e.hidden = s.hidden, e.head_size = s.head_size, e.layers = s.layers;
     e.sequences = 1, e.longest = tokens;
-    for (int i = 0; i < std::min(e.layers, kMostLayers); ++i) e.layer[i].heads = s.heads, e.layer[i].neurons = s.neurons;
+    for (int i = 0; i < std::min(e.layers, kMostLayers); ++i)
+      e.layer[i].heads = s.heads, e.layer[i].neurons = s.neurons;
     return e;
   };
   auto refused = [&](const char* text, Sizes s, int tokens) {

@@ -20,7 +20,8 @@ struct Matrix {
   int64_t rows, columns, stride;  // column-major
   std::vector<Bf16> data;
 
-  Matrix(int64_t r, int64_t c, int64_t s, std::mt19937& random) : rows(r), columns(c), stride(s), data(s * c + 8) {
+  Matrix(int64_t r, int64_t c, int64_t s, std::mt19937& random)
+      : rows(r), columns(c), stride(s), data(s * c + 8) {
     std::normal_distribution<float> normal;
     for (Bf16& v : data) v = static_cast<Bf16>(pack_bf16(normal(random), 0));
   }
@@ -47,10 +48,11 @@ TEST(every_transposition_and_epilogue) {
   const int64_t m = 7, n = 5, k = 11;
   for (bool ta : {false, true}) {
     for (bool tb : {false, true}) {
-      for (Epilogue epilogue : {Epilogue::kNone, Epilogue::kBias, Epilogue::kReluBias, Epilogue::kGeluTanhBias,
-                                Epilogue::kSumsOfA, Epilogue::kSumsOfB}) {
+      for (Epilogue epilogue : {Epilogue::kNone, Epilogue::kBias, Epilogue::kReluBias,
+                                Epilogue::kGeluTanhBias, Epilogue::kSumsOfA, Epilogue::kSumsOfB}) {
         const check::Where where("epilogue " + std::to_string(static_cast<int>(epilogue)));
-        Matrix a(ta ? k : m, ta ? m : k, 13, random), b(tb ? n : k, tb ? k : n, 12, random), d(m, n, 9, random);
+        Matrix a(ta ? k : m, ta ? m : k, 13, random), b(tb ? n : k, tb ? k : n, 12, random),
+            d(m, n, 9, random);
         Matrix bias(16, 1, 16, random), pre(m, n, 8, random);
         Matmul c = call_of(a, ta, b, tb, d);
         c.epilogue = epilogue;
@@ -132,7 +134,8 @@ TEST(token_buckets) {
 #ifdef HAS_CUBLASLT
 TEST(declarations_are_those_of_the_header) {
   CHECK(lt::kTransA == CUBLASLT_MATMUL_DESC_TRANSA && lt::kTransB == CUBLASLT_MATMUL_DESC_TRANSB);
-  CHECK(lt::kEpilogue == CUBLASLT_MATMUL_DESC_EPILOGUE && lt::kBiasPointer == CUBLASLT_MATMUL_DESC_BIAS_POINTER);
+  CHECK(lt::kEpilogue == CUBLASLT_MATMUL_DESC_EPILOGUE &&
+        lt::kBiasPointer == CUBLASLT_MATMUL_DESC_BIAS_POINTER);
   CHECK(lt::kAuxPointer == CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER);
   CHECK(lt::kAuxLeading == CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD);
   CHECK(lt::kMaxWorkspace == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES);

@@ -5,9 +5,9 @@ epilogue, the bias' gradient in that of the weight's gradient. It fuses GELU too
 for the erf form the activation is a kernel of ours behind the product.
 
 Which of the two computes a product is looked up by its sizes in a table that is measured at the
-first call with new ones (`dynabert-fast tune` does it ahead of time), unless `DYNABERT_FAST_TUNE=0`:
-then the library has products of `ROWS_OF_THE_LIBRARY` tokens or more. A staircase is one launch in
-Triton, so it is always Triton's.
+first call with new ones (`dynabert-fast tune` does it ahead of time). With `DYNABERT_FAST_TUNE=0`
+nothing is measured, and the library has products of `ROWS_OF_THE_LIBRARY` tokens or more. A
+staircase is one launch in Triton, so it is always Triton's.
 """
 
 from __future__ import annotations
@@ -57,15 +57,19 @@ def _library() -> str:
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
 
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 def _workspace(device: torch.device, stream: int) -> Tensor:
     """Memory for one call at a time of a stream; a graph that is being captured gets its own."""
-
-    def new() -> Tensor:
-        return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-
-    if torch.cuda.is_current_stream_capturing():
-        return new()
-    return _workspaces.setdefault((device, stream), new())
+    key = device, stream
+    if key in _workspaces:
+        return _workspaces[key]
+    new = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    if not torch.cuda.is_current_stream_capturing():
+        _workspaces[key] = new
+    return new
 
 
 def _address(x: Tensor | None) -> tuple[int, int]:
@@ -93,7 +97,7 @@ def _matmul(
     The library counts columns first: to it, each matrix is its own transpose.
     """
     device = out.device
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = _stream(device)
     inner = a.shape[1] if transpose_a else a.shape[0]
     workspace = _workspace(device, stream)
     return cuda_module().matmul(
@@ -107,7 +111,7 @@ def _matmul(
         bias=0 if bias is None else bias.data_ptr(),
         pre=_address(pre),
         tokens_inside=tokens_inside,
-        device=device.index,
+        device=device.index or 0,
         workspace=(workspace.data_ptr(), workspace.numel()),
         stream=stream,
     )
@@ -121,7 +125,7 @@ def _pointwise(activation: str, pre: Tensor, grad: Tensor | None, out: Tensor) -
         pre=_address(pre),
         grad=_address(grad),
         out=_address(out),
-        stream=torch.cuda.current_stream(out.device).cuda_stream,
+        stream=_stream(out.device),
     )
 
 
@@ -329,8 +333,10 @@ def _kernel(name: str) -> Callable[..., Any]:
                 f"the backend 'cuda' computes {name} for one extent, got {len(extents)} row "
                 "blocks; 'triton' computes them in one launch"
             )
+        if not x.shape[0]:
+            return backends()["reference"].kernels[name](*args)
         triton = backends()["triton"].kernels[name]
-        if len(extents) > 1 or not x.shape[0]:
+        if len(extents) > 1:
             return triton(*args)
         if not forced:
             flags = [a for a in args[extents_at + 2 :] if isinstance(a, bool | str)]

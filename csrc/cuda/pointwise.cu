@@ -34,9 +34,12 @@ __global__ void __launch_bounds__(256) apply(const __grid_constant__ Pointwise p
       *reinterpret_cast<uint4*>(x.value) = *reinterpret_cast<const uint4*>(from);
       if (grad) *reinterpret_cast<uint4*>(g.value) = *reinterpret_cast<const uint4*>(slope);
     } else {
-      for (int i = 0; i < count; ++i) {
-        x.value[i] = from[i];
-        if (grad) g.value[i] = slope[i];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if (i < count) {
+          x.value[i] = from[i];
+          if (grad) g.value[i] = slope[i];
+        }
       }
     }
 #pragma unroll
@@ -49,7 +52,10 @@ __global__ void __launch_bounds__(256) apply(const __grid_constant__ Pointwise p
     if constexpr (kWide) {
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(y.value);
     } else {
-      for (int i = 0; i < count; ++i) to[i] = y.value[i];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if (i < count) to[i] = y.value[i];
+      }
     }
   }
 }

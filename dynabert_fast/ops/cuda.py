@@ -359,8 +359,8 @@ def _kernel(name: str) -> Callable[..., Any]:
 
 
 def fits(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether code built for `architectures` ("80-real;90a") runs on a card."""
-    for name in architectures.split(";"):
+    """Whether code built for `architectures` ("80-real,90a") runs on a card."""
+    for name in architectures.split(","):
         number = re.match(r"(\d+)(\d)", name)
         assert number is not None
         built = int(number[1]), int(number[2])

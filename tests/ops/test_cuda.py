@@ -29,7 +29,7 @@ def at(address: int, columns: int, rows: int, stride: int, dtype: torch.dtype) -
 class Library:
     """The module `_cuda`, of CPU tensors."""
 
-    architectures = "80-real;90a-real"
+    architectures = "80-real,90a-real"
     MatmulError = CudaError = RuntimeError
     #: Epilogues for which it has no algorithm.
     lacks: tuple[str, ...] = ()
@@ -207,11 +207,11 @@ def test_choices_are_measured_once_and_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("architectures", "capability", "good"),
     [
-        ("80-real;90a-real", (8, 0), True),
-        ("80-real;90a-real", (8, 9), True),
-        ("80-real;90a-real", (9, 0), True),
-        ("80-real;90a-real", (10, 0), False),
-        ("80-real;90a-real", (12, 0), False),
+        ("80-real,90a-real", (8, 0), True),
+        ("80-real,90a-real", (8, 9), True),
+        ("80-real,90a-real", (9, 0), True),
+        ("80-real,90a-real", (10, 0), False),
+        ("80-real,90a-real", (12, 0), False),
         ("80", (10, 0), True),
         ("90a", (10, 0), False),
         ("86-real", (8, 0), False),

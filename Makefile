@@ -47,16 +47,16 @@ lint: $(VENV)/.dev  ## Check style, formatting and types
 	$(if $(NATIVE),$(BIN)/clang-format --dry-run --Werror $(NATIVE))
 
 bench: $(VENV)/.dev  ## Run the benchmarks
-	$(BIN)/pytest -q benchmarks --benchmark-only --ignore=benchmarks/bench_cpu_engine.py --ignore=benchmarks/bench_gpu.py
+	$(BIN)/pytest -q benchmarks --benchmark-only --ignore=benchmarks/bench_cpu_engine.py -m 'not gpu'
 
 bench-peers: $(VENV)/.peers  ## Compare the CPU engine with ONNX Runtime, OpenVINO, zentorch and torch.compile
 	$(BIN)/pytest -q benchmarks/bench_cpu_engine.py --benchmark-only
 
 GPU_PYTHON ?= python3
+GPU_INSTALL = $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 gpu:  ## On a machine with a GPU: install into GPU_PYTHON, whose torch sees it, test and measure
-	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	$(GPU_PYTHON) -m pytest -q -m gpu tests
-	$(GPU_PYTHON) -m pytest -q benchmarks/bench_gpu.py --benchmark-only
+	$(GPU_INSTALL) || DYNABERT_FAST_NATIVE=0 $(GPU_INSTALL)
+	$(GPU_PYTHON) -m benchmarks.run_gpu
 
 clean:  ## Remove the environment, build outputs and caches
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache

@@ -1,31 +1,45 @@
-"""Accuracy of every sub-network on real tasks, and what rewiring and distillation are worth.
+"""Accuracy of every sub-network on real tasks, for the paper's recipe and changes of it.
 
-    python benchmarks/quality.py --task trec --data-dir DATA --model MODEL --work WORK
+    python benchmarks/quality.py --data-dir DATA --model MODEL --work WORK
+    python benchmarks/quality.py --report
 
-fine-tunes a teacher, then compares, over the same grid and development set:
+The first runs what is missing in `benchmarks/results/quality/<task>.json`, one (task, seed, recipe)
+after the other, and writes that file after each. It may be killed at any time: run it again to go
+on, also from the middle of a stage. The second writes `docs/quality.md` from these files.
 
-    sliced                      prefixes of the teacher, not trained
-    sliced, rewired             prefixes of the rewired teacher, not trained
-    widths distilled, unsorted  stage "width" from the teacher as it is
-    widths distilled            stage "width" from the rewired teacher
-    distilled                   stage "depth" from the latter: the whole pipeline
-
-Every part is resumable: run it again after an interruption. Results go to
-`benchmarks/results/quality/<task>.json` and `.md`.
+A stage's folder in WORK is named after everything that decides its weights, so recipes share what
+they have in common: a teacher for each (task, seed), its rewired copy, often the stage of widths.
+A result whose settings are no longer those below is missing, and is replaced by a run of today's.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import quality_report
+import torch
+
 from dynabert_fast.cli.arguments import quiet_libraries
-from dynabert_fast.data import load_glue
+from dynabert_fast.data import TaskData, load_glue
+from dynabert_fast.errors import InputError, SaveError, TrainingError
 from dynabert_fast.evaluation import environment, make_batches, primary_metric, score_grid
-from dynabert_fast.subnet import DEPTHS, WIDTHS, grid
-from dynabert_fast.training import TrainingOptions, run_stage, stages
+from dynabert_fast.evaluation.grid import Batches, write_aside
+from dynabert_fast.models import DynaBertForSequenceClassification
+from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
+from dynabert_fast.training import Distillation, StageData, TrainingOptions, run_stage, stages
 from dynabert_fast.training.pipeline import (
     finetune,
     load_model,
@@ -33,119 +47,461 @@ from dynabert_fast.training.pipeline import (
     rewire_checkpoint,
     stage_data,
 )
+from dynabert_fast.training.schedules import Schedule
 
-RESULTS = Path(__file__).parent / "results" / "quality"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "quality"
 
-#: Title of each comparison: the folder of its model and the depths that it was made for.
-COMPARED = {
-    "sliced": ("teacher", DEPTHS),
-    "sliced, rewired": ("rewired", DEPTHS),
-    "widths distilled, unsorted": ("width-unsorted", (1.0,)),
-    "widths distilled": ("width", (1.0,)),
-    "distilled": ("dynabert", DEPTHS),
+# --- what is run ----------------------------------------------------------------------------------
+
+#: Epochs of each stage by task, cheapest task first. The paper's 3 epochs are over augmented data,
+#: up to 31 times as many sentences.
+EPOCHS: dict[str, dict[str, float]] = {
+    "trec": {"finetune": 3, "width": 1, "depth": 2, "final": 1},
+    "cola": {"finetune": 3, "width": 1, "depth": 2, "final": 1},
+    "stsb": {"finetune": 3, "width": 1, "depth": 1, "final": 1},
+    "rte": {"finetune": 5, "width": 1, "depth": 1, "final": 1},
+    "sst2": {"finetune": 2, "width": 1, "depth": 1, "final": 1},
+}
+
+#: Tasks that take hours; their ablations come last.
+LARGE = ("sst2",)
+
+#: Of every stage. The rest is the paper's: linear decay without warm-up, no weight decay, gradients
+#: clipped at 1. Its rate of 2e-5 is for BERT-base and some ten times as many steps.
+TRAINING = {"learning_rate": 1e-4, "batch_size": 32, "precision": "bf16"}
+MAX_LENGTH = 128
+
+#: Steps between checkpoints: what a killed run loses at most, one or two minutes of it.
+SAVE_EVERY = 50
+
+#: The paper's losses, by stage; None learns from labels.
+DISTILLATION: dict[str, dict[str, Any] | None] = {
+    "width": {"logits": 1.0, "hidden": 0.1, "teacher_width": "full"},
+    "depth": {"logits": 1.0, "hidden": 1.0, "teacher_width": "same"},
+    "final": None,
 }
 
 
-def main() -> None:
-    """Run what is missing, then write the tables."""
-    args = _arguments()
-    quiet_libraries()
-    data = load_glue(args.task, args.data_dir, max_train=args.max_train)
-    encoded = stage_data(data, load_tokenizer(args.model), args.max_length)
-    work = Path(args.work) / data.task.name
-    work.mkdir(parents=True, exist_ok=True)
-    distil = _options(args, args.epochs)
-    teacher, rewired = work / "teacher", work / "rewired"
-    finetune(args.model, data, encoded, teacher, _options(args, args.finetune_epochs), resume=True)
-    if not rewired.is_dir():
-        rewire_checkpoint(teacher, encoded, rewired)
-    for name, student, taught_by, folder in (
-        ("width", rewired, teacher, "width"),
-        ("depth", work / "width", work / "width", "dynabert"),
-        ("width", teacher, teacher, "width-unsorted"),
-    ):
-        if not (work / folder).is_dir():
-            models = load_model(student), load_model(taught_by)
-            run_stage(
-                stages()[name], models[0], encoded, work / folder, distil, models[1], resume=True
+@dataclass(frozen=True)
+class Recipe:
+    """The paper's recipe with changes.
+
+    Attributes:
+        title: In tables.
+        sort: Rewire first.
+        stages: What is trained, in order, after the teacher.
+        distillation: Changes of `DISTILLATION` by stage; `None` learns from labels.
+        training: Changes of `TrainingOptions` by stage.
+        epochs: Times the task's epochs of these stages.
+    """
+
+    title: str
+    sort: bool = True
+    stages: tuple[str, ...] = ("width", "depth")
+    distillation: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    epochs: float = 1.0
+
+    @property
+    def unsupported(self) -> list[str]:
+        """Options that it names and this version does not have."""
+        names = {
+            f.name for kind in (Distillation, TrainingOptions) for f in dataclasses.fields(kind)
+        }
+        changes = (*self.training.values(), *self.distillation.values())
+        return sorted({name for given in changes for name in given or ()} - names)
+
+
+def _both(changes: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any] | None]:
+    return {"width": changes, "depth": changes}
+
+
+MAIN = "paper"
+RECIPES: dict[str, Recipe] = {
+    MAIN: Recipe("the paper's recipe"),
+    "unsorted": Recipe("no rewiring", sort=False),
+    "labels": Recipe("labels only, no distillation", distillation=_both(None)),
+    "logits": Recipe("no loss on hidden states", distillation=_both({"hidden": 0.0})),
+    "full-teacher": Recipe(
+        "teacher of stage `depth` at full width", distillation={"depth": {"teacher_width": "full"}}
+    ),
+    "sandwich": Recipe(
+        "stage `depth` by sandwich: largest, smallest and 2 others a step",
+        training={"depth": {"schedule": {"kind": "sandwich", "count": 2}}},
+    ),
+    "longer": Recipe("twice the epochs", epochs=2.0),
+    "direct": Recipe(
+        "straight to the grid, no stage `width`, twice the epochs",
+        stages=("depth",),
+        distillation={"depth": {"teacher_width": "full"}},
+        epochs=2.0,
+    ),
+    "narrow": Recipe("losses weighted by 1 / width", distillation=_both({"width_exponent": -1.0})),
+    "final": Recipe("and final fine-tuning on labels", stages=("width", "depth", "final")),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One folder of weights: how it is made, and from which others.
+
+    Attributes:
+        stage: `finetune`, `rewire` or a stage of training.
+        settings: What decides its weights beside its parents, JSON.
+        student: Whose weights it starts with; `None`: the pretrained encoder's.
+        teacher: Whom it learns from; `None`: labels.
+    """
+
+    stage: str
+    settings: dict[str, Any]
+    student: Part | None = None
+    teacher: Part | None = None
+
+    @cached_property
+    def folder(self) -> str:
+        """Its name: the same settings and parents give the same."""
+        parents = [part and part.folder for part in (self.student, self.teacher)]
+        text = json.dumps([self.stage, self.settings, *parents], sort_keys=True)
+        return f"{self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe on one task with one seed."""
+
+    task: str
+    seed: int
+    recipe: str
+
+    def parts(self, model_name: str) -> list[Part]:
+        """Everything to make, in order: teacher, rewired, stages."""
+        recipe, epochs = RECIPES[self.recipe], EPOCHS[self.task]
+        base = TRAINING | {"seed": self.seed, "max_length": MAX_LENGTH}
+        encoder = {"task": self.task, "model": model_name}
+        teacher = Part("finetune", {**encoder, **base, "epochs": float(epochs["finetune"])})
+        found = [teacher]
+        if recipe.sort:
+            found.append(Part("rewire", {"accumulation": "per_batch"}, teacher))
+        taught_by = teacher
+        for stage in recipe.stages:
+            loss, changes = DISTILLATION[stage], recipe.distillation.get(stage, {})
+            distilled = None if loss is None or changes is None else {**loss, **changes}
+            training = {**base, "epochs": epochs[stage] * recipe.epochs}
+            training |= recipe.training.get(stage, {})
+            settings = {"training": training, "distillation": distilled}
+            part = Part(stage, settings, found[-1], taught_by if distilled else None)
+            found.append(part)
+            taught_by = part
+        return found
+
+
+def plan(tasks: Sequence[str], seeds: int, recipes: Sequence[str]) -> list[Run]:
+    """Every run, the cheapest that say most first.
+
+    The main recipe on every small task with one seed, then with the others; changes of it on small
+    tasks; then the same of large tasks.
+    """
+
+    def rank(run: Run) -> tuple[int, ...]:
+        main = run.recipe == MAIN
+        phase = (run.seed > 1) if main else 2
+        order = (list(RECIPES).index(run.recipe), list(EPOCHS).index(run.task))
+        return (run.task in LARGE, phase, run.seed, *order)
+
+    runs = [Run(t, s, r) for t in tasks for s in range(1, seeds + 1) for r in recipes]
+    return sorted(runs, key=rank)
+
+
+# --- running it -----------------------------------------------------------------------------------
+
+
+class Session:
+    """One task's data, its folder of weights and its file of results.
+
+    Args:
+        args: The command's arguments.
+        task: Its name.
+    """
+
+    def __init__(self, args: argparse.Namespace, task: str) -> None:
+        self.args = args
+        self.task = task
+        self.work = Path(args.work) / task
+        self.file = Path(args.results) / f"{task}.json"
+
+    @cached_property
+    def data(self) -> TaskData:
+        return load_glue(self.task, self.args.data_dir)
+
+    @cached_property
+    def encoded(self) -> StageData:
+        return stage_data(self.data, load_tokenizer(self.args.model), MAX_LENGTH)
+
+    @cached_property
+    def dev(self) -> Batches:
+        return make_batches(self.encoded.dev, self.encoded.collator, 64)
+
+    def records(self) -> list[dict[str, Any]]:
+        """What was found so far."""
+        return load_results(self.file).get("runs", [])
+
+    def missing(self, run: Run) -> bool:
+        """Whether there is no result of this run with today's settings."""
+        wanted = (run.recipe, run.seed, run.parts(self.args.model_name)[-1].folder)
+        found = ((r["recipe"], r["seed"], r["weights"]) for r in self.records())
+        return wanted not in found
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Make what is not there, evaluate, write the results, delete what nobody needs."""
+        parts = run.parts(self.args.model_name)
+        for part in parts:
+            self._make(part, run.seed)
+        record = self._evaluate(run, parts)
+        self._write(record)
+        self._clean(run.seed)
+        return record
+
+    def _make(self, part: Part, seed: int) -> None:
+        folder = self.work / part.folder
+        if folder.is_dir():  # it appeared when it was whole; what its run left may be there
+            shutil.rmtree(self.work / f"{part.folder}.checkpoints", ignore_errors=True)
+            return
+        print(f"-- {folder}", flush=True)
+        self.work.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        try:
+            if part.stage == "rewire":
+                assert part.student is not None
+                student = self.work / part.student.folder
+                rewire_checkpoint(student, self.encoded, folder, progress=False)
+            elif part.stage == "finetune":
+                options = _options(part.settings)
+                finetune(self.args.model, self.data, self.encoded, folder, options, True, False)
+            else:
+                self._train(part, folder)
+        finally:  # of an interrupted stage too: its next session adds its own
+            self._count(part.folder, time.perf_counter() - start)
+
+    def _train(self, part: Part, folder: Path) -> None:
+        assert part.student is not None
+        loss = part.settings["distillation"]
+        stage = dataclasses.replace(
+            stages()[part.stage], recipe=None if loss is None else Distillation(**loss)
+        )
+        run_stage(
+            stage,
+            load_model(self.work / part.student.folder),
+            self.encoded,
+            folder,
+            _options(part.settings["training"]),
+            load_model(self.work / part.teacher.folder) if part.teacher else None,
+            resume=True,
+            progress=False,
+        )
+
+    def _evaluate(self, run: Run, parts: list[Part]) -> dict[str, Any]:
+        start = time.perf_counter()
+        teacher, model = self._load(parts[0]), self._load(parts[-1])
+        cells = grid(model.config, WIDTHS, DEPTHS)
+        record: dict[str, Any] = {
+            "recipe": run.recipe,
+            "seed": run.seed,
+            "weights": parts[-1].folder,
+            "teacher": next(iter(self._scores(teacher, cells[:1]).values())),
+            "cells": self._scores(model, cells),
+        }
+        if run.recipe == MAIN:
+            sorted_, widths = self._load(parts[1]), self._load(parts[2])
+            record["baselines"] = {
+                "sliced": self._scores(teacher, cells),
+                "rewired and sliced": self._scores(sorted_, cells),
+                "stage width": self._scores(widths, grid(widths.config, WIDTHS, (1.0,))),
+            }
+        seconds = self._seconds()
+        record["seconds"] = {part.stage: round(seconds[part.folder], 1) for part in parts}
+        record["seconds"]["evaluate"] = round(time.perf_counter() - start, 1)
+        record["settings"] = {part.stage: part.settings for part in parts}
+        return record | {"environment": environment(model), "commit": _commit()}
+
+    def _load(self, part: Part) -> DynaBertForSequenceClassification:
+        return load_model(self.work / part.folder).to(
+            "cuda" if torch.cuda.is_available() else "cpu"
+        )
+
+    def _scores(self, model: Any, subnets: Sequence[Subnet]) -> dict[str, float]:
+        metric = self.encoded.metric
+        scores = score_grid(model, self.dev, subnets, metric, progress=False)
+        return {name: values[primary_metric(metric)] for name, values in scores.items()}
+
+    def _write(self, record: dict[str, Any]) -> None:
+        identity = record["recipe"], record["seed"]
+        runs = [r for r in self.records() if (r["recipe"], r["seed"]) != identity]
+        known = [*RECIPES, *(r["recipe"] for r in runs)]  # a recipe may be gone by now
+        runs = sorted([*runs, record], key=lambda r: (known.index(r["recipe"]), r["seed"]))
+        result = {
+            "task": self.task,
+            "metric": primary_metric(self.encoded.metric),
+            "model": self.args.model_name,
+            "train_examples": len(self.data.train),
+            "dev_examples": len(self.data.dev),
+            "runs": runs,
+        }
+        write_aside(self.file, json.dumps(result, indent=2) + "\n")
+
+    def _clean(self, seed: int) -> None:
+        """Delete this seed's folders that no missing run starts from; teachers stay."""
+        runs = {recipe: Run(self.task, seed, recipe) for recipe in RECIPES}
+        all_parts = {r: run.parts(self.args.model_name) for r, run in runs.items()}
+        needed = {parts[0].folder for parts in all_parts.values()}
+        for recipe, parts in all_parts.items():
+            if self.missing(runs[recipe]):
+                needed |= {part.folder for part in parts}
+        for folder in {part.folder for parts in all_parts.values() for part in parts} - needed:
+            shutil.rmtree(self.work / folder, ignore_errors=True)
+
+    def _seconds(self) -> dict[str, float]:
+        file = self.work / "seconds.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def _count(self, folder: str, seconds: float) -> None:
+        known = self._seconds()
+        known[folder] = known.get(folder, 0.0) + seconds
+        write_aside(self.work / "seconds.json", json.dumps(known, indent=2) + "\n")
+
+
+def _options(settings: dict[str, Any]) -> TrainingOptions:
+    names = {f.name for f in dataclasses.fields(TrainingOptions)}
+    given = {name: value for name, value in settings.items() if name in names}
+    if "schedule" in given:
+        given["schedule"] = Schedule(**given["schedule"])
+    return TrainingOptions(**given, save_every=SAVE_EVERY)
+
+
+def load_results(file: Path) -> dict[str, Any]:
+    """A file of results, empty if it is not there."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "-uno", "--", "dynabert_fast", "csrc", __file__)
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+changes" * bool(changed)
+
+
+def run_missing(args: argparse.Namespace) -> None:
+    """Run what is missing; a signal or the time limit ends it in good order."""
+    recipes = []
+    for recipe in args.recipes:
+        if absent := RECIPES[recipe].unsupported:
+            print(f"skipped: {recipe} needs the option {', '.join(absent)}, not in this version")
+        else:
+            recipes.append(recipe)
+    sessions = {task: Session(args, task) for task in args.tasks}
+    runs = [r for r in plan(args.tasks, args.seeds, recipes) if sessions[r.task].missing(r)]
+    print(f"{len(runs)} runs are missing", flush=True)
+    with _Stop(args.time_limit) as stop:
+        for number, run in enumerate(runs, start=1):
+            where = f"{run.task}, seed {run.seed}, {run.recipe}"
+            print(f"== {number} of {len(runs)}: {where}", flush=True)
+            try:
+                record = sessions[run.task].run(run)
+            except TrainingError as error:  # of this run; the others may do better
+                print(f"== {where}: {error}", flush=True)
+                continue
+            cells = record["cells"].values()
+            print(
+                f"== {where}: teacher {record['teacher']:.4f}, mean of {len(cells)} "
+                f"{sum(cells) / len(cells):.4f}, worst {min(cells):.4f}, "
+                f"{sum(record['seconds'].values()):.0f} s",
+                flush=True,
             )
-    _write(args, data, encoded, work)
+    if stop.came:
+        print("stopped; the same command goes on from here", flush=True)
 
 
-def _arguments() -> argparse.Namespace:
+class _Stop:
+    """Leaves the block at the end of the time, at SIGTERM and at Ctrl-C.
+
+    An interrupt within a library may come out of it as any other error (safetensors does so): once
+    a stop has come, no error is reported. What was saved is whole, as after a kill.
+
+    Args:
+        minutes: The time; `None`: no end.
+    """
+
+    SIGNALS = (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, minutes: float | None) -> None:
+        self.seconds = 60 * (minutes or 0)
+        self.came = False
+
+    def _interrupt(self, *_: Any) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+    def __enter__(self) -> _Stop:
+        self.before = {number: signal.signal(number, self._interrupt) for number in self.SIGNALS}
+        # Once more if it came where Python ignores errors, but not while the first still unwinds.
+        signal.setitimer(signal.ITIMER_REAL, self.seconds, 60)
+        return self
+
+    def __exit__(self, *_: Any) -> bool:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        return self.came
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--task", required=True)
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--model", required=True, help="pretrained encoder")
-    parser.add_argument("--model-name", default="all-MiniLM-L6-v2")
-    parser.add_argument("--work", required=True, help="folder for checkpoints")
-    parser.add_argument("--max-train", type=int)
-    parser.add_argument("--max-length", type=int, default=128)
-    parser.add_argument("--finetune-epochs", type=float, default=3)
-    parser.add_argument("--epochs", type=float, default=3, help="of both distillation stages")
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--seed", type=int, default=42)
-    return parser.parse_args()
 
+    def names(of: Sequence[str]) -> Callable[[str], list[str]]:
+        def read(text: str) -> list[str]:
+            given = text.split(",")
+            if unknown := sorted(set(given) - set(of)):
+                allowed = ", ".join(of)
+                raise argparse.ArgumentTypeError(f"no {unknown[0]!r}; choose of {allowed}")
+            return list(dict.fromkeys(given))
 
-def _options(args: argparse.Namespace, epochs: float) -> TrainingOptions:
-    return TrainingOptions(
-        learning_rate=args.learning_rate,
-        epochs=epochs,
-        precision=args.precision,
-        seed=args.seed,
-        save_every=100,
-    )
+        return read
 
-
-def _write(args: argparse.Namespace, data: Any, encoded: Any, work: Path) -> None:
-    batches = make_batches(encoded.dev, encoded.collator, 64)
-    grids: dict[str, dict[str, float]] = {}
-    for title, (folder, depths) in COMPARED.items():
-        model = load_model(work / folder)
-        subnets = grid(model.config, WIDTHS, depths)
-        scores = score_grid(model, batches, subnets, encoded.metric)
-        grids[title] = {name: next(iter(values.values())) for name, values in scores.items()}
-    arguments = {k: v for k, v in vars(args).items() if k not in ("data_dir", "model", "work")}
-    result = {
-        "task": data.task.name,
-        "metric": primary_metric(encoded.metric),
-        "train_examples": len(data.train),
-        "dev_examples": len(data.dev),
-        "arguments": arguments,
-        "environment": environment(model),
-        "grids": grids,
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{data.task.name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    (RESULTS / f"{data.task.name}.md").write_text(_markdown(result))
-    print(_markdown(result))
-
-
-def _markdown(result: dict[str, Any]) -> str:
-    """One table for each way of making sub-networks: rows are widths, columns depths."""
-    given = result["arguments"]
-    lines = [
-        f"# {result['task']}: {result['metric']} x 100, {result['dev_examples']} examples",
-        "",
-        f"{given['model_name']}, {result['train_examples']} training examples, "
-        f"{given['finetune_epochs']:g} epochs of fine-tuning, {given['epochs']:g} of each "
-        f"distillation stage, rate {given['learning_rate']:g}, batch 32, at most "
-        f"{given['max_length']} tokens, {given['precision']} training, seed {given['seed']}.",
+    parser.add_argument("--report", action="store_true", help="only write docs/quality.md")
+    parser.add_argument("--data-dir", help="folder with the tasks' folders")
+    parser.add_argument("--model", help="pretrained encoder: folder or hub id")
+    parser.add_argument("--model-name", default="all-MiniLM-L6-v2", help="of it, in results")
+    parser.add_argument("--work", help="folder for weights")
+    parser.add_argument("--tasks", type=names(list(EPOCHS)), default=list(EPOCHS))
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 1 (default 3)")
+    parser.add_argument("--recipes", type=names(list(RECIPES)), default=list(RECIPES))
+    parser.add_argument("--time-limit", type=float, metavar="MINUTES")
+    parser.add_argument("--results", default=RESULTS, help="folder of the results")
+    args = parser.parse_args(argv)
+    lacking = [
+        f"--{n}" for n in ("data-dir", "model", "work") if not vars(args)[n.replace("-", "_")]
     ]
-    for title, cells in result["grids"].items():
-        lines += ["", f"**{title}**", ""]
-        depths = COMPARED[title][1]
-        lines.append("| width \\ depth | " + " | ".join(map(str, depths)) + " |")
-        lines.append("|---" * (len(depths) + 1) + "|")
-        for width in WIDTHS:
-            row = [f"{100 * cells[f'w{width:.2f}-d{depth:.2f}']:.1f}" for depth in depths]
-            lines.append(f"| {width} | " + " | ".join(row) + " |")
-    env = result["environment"]
-    lines += ["", f"{env['device']}, torch {env['torch']}, transformers {env['transformers']}."]
-    return "\n".join(lines) + "\n"
+    if lacking and not args.report:
+        parser.error(f"give {', '.join(lacking)}, or --report")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    args = _arguments(argv)
+    try:
+        if args.report:
+            quality_report.write(Path(args.results), {n: r.title for n, r in RECIPES.items()}, MAIN)
+        else:
+            quiet_libraries()
+            run_missing(args)
+    except (InputError, SaveError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 import statistics
 import time
@@ -16,6 +17,14 @@ from dynabert_fast.engine import measure_peak
 THREADS = 2
 # Seconds before each turn: ONNX Runtime's threads spin for 40 ms after a call, torch's for 10.
 PAUSE = 0.06
+#: Set by `run_gpu.py`: compile kernels and measure nothing; `time.time()` at which all must end.
+COMPILE_VARIABLE = "DYNABERT_FAST_BENCH_COMPILE"
+DEADLINE_VARIABLE = "DYNABERT_FAST_BENCH_DEADLINE"
+
+
+def remaining() -> float:
+    """Seconds that are left."""
+    return float(os.environ.get(DEADLINE_VARIABLE, "inf")) - time.time()
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import platform
@@ -19,8 +20,12 @@ import torch
 
 from dynabert_fast.engine import isas
 
+from .race import record
+
 RESULTS = Path(__file__).parent / "results"
 CHANGED = "+changes"
+#: Names a run of several processes, whose cases belong together whatever has changed since.
+RUN_VARIABLE = "DYNABERT_FAST_BENCH_RUN"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,12 @@ REPORTS = {
     "cpu_ops": Report(
         "The ops in C++ against plain torch", "bench_ops.py", ("torch", "transformers"), "cpu_ops"
     ),
+    "cpu_distillation": Report(
+        "A distillation step against the published loop",
+        "bench_distillation.py",
+        ("torch", "transformers", "accelerate"),
+        "cpu_distillation",
+    ),
 }
 
 
@@ -73,11 +84,17 @@ def gpu_report(device: str) -> None:
     )
 
 
+def record_gpu(benchmark: Any, case: str, *found: Any) -> None:
+    """`race.record`, and written at once: what ends the run early costs only what comes later."""
+    record(benchmark, case, *found, report="gpu")
+    write("gpu", {case: dict(benchmark.extra_info)}, {})
+
+
 def write(name: str, cases: dict[str, Any], peaks: dict[str, float]) -> Path:
     """Write `<name>.json` and `<name>.md`.
 
     Cases measured earlier stay in the files if machine, versions and commit are the same, and
-    nothing has changed since that commit.
+    nothing has changed since that commit; or if they are of the same run.
 
     Args:
         name: Of `REPORTS`.
@@ -91,13 +108,17 @@ def write(name: str, cases: dict[str, Any], peaks: dict[str, float]) -> Path:
         "versions": versions(REPORTS[name].packages),
         "commit": _commit(),
     }
+    run = os.environ.get(RUN_VARIABLE)
     if path.exists():
         old = json.loads(path.read_text())
-        if {key: old.get(key) for key in head} == head and CHANGED not in head["commit"]:
+        same_run = run is not None and old.get("run") == run
+        if same_run or (
+            {key: old.get(key) for key in head} == head and CHANGED not in head["commit"]
+        ):
             cases = old["cases"] | cases
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     rates = {dtype: round(p / 1e9) for dtype, p in peaks.items()}
-    found = head | {"date": date, "gops_per_thread": rates, "cases": cases}
+    found = head | {"date": date, "run": run, "gops_per_thread": rates, "cases": cases}
     path.write_text(json.dumps(found, indent=1) + "\n")
     path.with_suffix(".md").write_text("\n".join(_markdown(REPORTS[name], found)) + "\n")
     if page := REPORTS[name].page:
@@ -189,13 +210,14 @@ def _markdown(report: Report, found: dict[str, Any]) -> Iterator[str]:
         yield ""
         yield f"## {name}"
         yield ""
-        yield (
-            "| | median ms | best ms |"
-            + " times ours |" * ratios
-            + " of peak |" * shares
-            + " cosine |" * cosines
-        )
-        yield "|---|---|---|" + "---|" * (ratios + shares + cosines)
+        if case["rows"]:
+            yield (
+                "| | median ms | best ms |"
+                + " times ours |" * ratios
+                + " of peak |" * shares
+                + " cosine |" * cosines
+            )
+            yield "|---|---|---|" + "---|" * (ratios + shares + cosines)
         for row in case["rows"]:
             best = f"{row['best_ms']:.3f}" if "best_ms" in row else ""
             cells = [_label(row), f"{row['ms']:.3f}", best]
@@ -239,6 +261,7 @@ def _number(value: float) -> str:
     return f"{value:.5f}" if 0.99 < value < 1.1 else f"{value:.2f}"
 
 
+@functools.cache  # reports that are written change the tree
 def _commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -249,5 +272,6 @@ def _commit() -> str:
             check=False,
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)benchmarks/results")
+    written = (f":(exclude,top){path}" for path in ("benchmarks/results", "docs/gpu.md"))
+    changed = git("status", "--porcelain", "-uno", "--", ":/", *written)
     return (git("rev-parse", "--short", "HEAD") or "unknown") + CHANGED * bool(changed)

@@ -16,6 +16,10 @@ class SaveError(OSError):
     """Something could not be written; says what, why, and that what was saved before is intact."""
 
 
+class TrainingError(ArithmeticError):
+    """Training cannot go on, as a loss is NaN; says where, what was kept and what to change."""
+
+
 class MissingPackageError(ImportError, InputError):
     """A package of the extra `train` is not installed; says how to get it."""
 

@@ -1,10 +1,12 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and that can be checked later."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,13 +42,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
                 old.rename(target)
             raise
         shutil.rmtree(old, ignore_errors=True)
+    except SaveError:
+        raise
     except Exception as error:  # what the tokenizers library raises is nothing more special
         if not is_write_failure(error):
             raise
-        raise SaveError(
-            f"could not save {target} ({_reason(error)}); what was saved before is intact: "
-            "free some space or choose another folder, then go on from there"
-        ) from error
+        raise save_error(target, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -66,6 +67,14 @@ def is_write_failure(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH)
 
 
+def save_error(target: Path, error: Exception) -> SaveError:
+    """What to raise for a write of `target` that the system refused."""
+    return SaveError(
+        f"could not save {target} ({_reason(error)}); what was saved before is intact: "
+        "free some space or choose another folder, then go on from there"
+    )
+
+
 def _reason(error: Exception) -> str:
     """One line for people."""
     if isinstance(error, RuntimeError):
@@ -82,6 +91,53 @@ def _flush(folder: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+#: Lists a folder's files with their sizes and CRC-32s.
+MANIFEST = "manifest.json"
+
+_BLOCK = 1 << 20  # bytes read at once
+
+
+def write_manifest(folder: Path) -> None:
+    """Write what `find_damage` compares with: the last file of a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {
+        str(path.relative_to(folder)): [path.stat().st_size, _crc(path)]
+        for path in files
+        if path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+
+
+def find_damage(folder: Path) -> str | None:
+    """What has happened to a folder since `write_manifest`, in a few words; `None`: nothing."""
+    try:
+        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, (size, crc) in sums.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+            if _crc(path) != crc:
+                return f"{name} has changed"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except OSError as error:
+        return f"it cannot be read: {_reason(error)}"
+    except (ValueError, TypeError, AttributeError):
+        return f"{MANIFEST} has changed"
+    return None if sums else f"{MANIFEST} has changed"
+
+
+def _crc(path: Path) -> int:
+    """CRC-32 of a file: against decay and torn writes, not against people."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def new_folder(path: str | Path) -> Path:

@@ -8,7 +8,7 @@ and leaves the function unchanged.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from dynabert_fast import ops
 from dynabert_fast.errors import InputError
 from dynabert_fast.subnet import Subnet
 
@@ -210,12 +211,25 @@ def _add_importance(
     """Add one batch's magnitudes to each layer's sums."""
     with torch.no_grad():
         for i, layer in enumerate(layers):
-            out, up, up_bias, down = (
-                (p * g).float()
-                for p, g in zip(_watched(layer), gradients[4 * i : 4 * i + 4], strict=True)
-            )
+            pairs = list(zip(_watched(layer), gradients[4 * i : 4 * i + 4], strict=True))
+            if add := _kernel(pairs[0][0]):
+                add(heads[i], *pairs[0])
+                add(neurons[i], *pairs[1], *pairs[2])
+                add(neurons[i], *pairs[3])
+                continue
+            out, up, up_bias, down = ((p * g).float() for p, g in pairs)
             heads[i] += out.view(len(heads[i]), -1).sum(-1).abs()
             neurons[i] += (up.sum(-1) + up_bias).abs() + down.sum(-1).abs()
+
+
+def _kernel(weight: Tensor) -> Callable[..., None] | None:
+    """What adds up products of such weights with their gradients in one pass, where there is it."""
+    triton = ops.backends()["triton"]
+    if ops.forced_backend() not in (None, "triton"):
+        return None
+    if triton.reason_against("add_importance", weight.device, weight.dtype):
+        return None
+    return triton.kernels["add_importance"]
 
 
 @torch.no_grad()

@@ -14,7 +14,14 @@ import pytest
 from safetensors import SafetensorError
 
 from dynabert_fast.errors import InputError, SaveError
-from dynabert_fast.files import is_write_failure, new_folder, whole_folder
+from dynabert_fast.files import (
+    MANIFEST,
+    find_damage,
+    is_write_failure,
+    new_folder,
+    whole_folder,
+    write_manifest,
+)
 
 
 def fill(folder, text="new", names=("a.txt", "deep/b.txt")):
@@ -113,6 +120,13 @@ def test_a_refused_write_is_one_clear_line(target, before, error):
 )
 def test_errors_that_are_no_refusal(error):
     assert not is_write_failure(error)
+
+
+def test_a_save_error_is_not_wrapped_again(target, before):
+    with pytest.raises(SaveError, match=r"^ours$"), whole_folder(target) as aside:  # noqa: PT012
+        fill(aside)
+        raise SaveError("ours")
+    assert untouched(target, before)
 
 
 # Each call of the system that may fail once the folder is filled.
@@ -231,6 +245,47 @@ def test_the_system_refuses_to_write(refused, writer):
     assert "\n" not in said[writer]
     assert contents(root / writer) == {"small": "old"}
     assert sorted(path.name for path in root.iterdir()) == ["safetensors", "text", "torch.save"]
+
+
+# What happens to a folder of a.txt and deep/b.txt (3 bytes each) after its manifest was written.
+DAMAGES = {
+    "none": (lambda folder: None, None),
+    "a file more": (lambda folder: fill(folder, "x", ("c.txt",)), None),
+    "another file": (lambda folder: fill(folder, "now", ("deep/b.txt",)), "deep/b.txt has changed"),
+    "longer": (lambda folder: fill(folder, "news", ("a.txt",)), "a.txt has 4 bytes, not 3"),
+    "missing": (lambda folder: (folder / "a.txt").unlink(), "a.txt is missing"),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), f"{MANIFEST} is missing"),
+    "no folder": (shutil.rmtree, f"{MANIFEST} is missing"),
+    "no text": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff"), f"{MANIFEST} has changed"),
+    **{
+        f"manifest {text}": (
+            lambda folder, text=text: (folder / MANIFEST).write_text(text),
+            f"{MANIFEST} has changed",
+        )
+        for text in ("", "{", "{}", "[]", "null", '{"a.txt": 3}', '{"a.txt": [3]}')
+    },
+}
+
+
+@pytest.mark.parametrize(("harm", "damage"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_find_damage(tmp_path, harm, damage):
+    folder = tmp_path / "folder"
+    fill(folder)
+    write_manifest(folder)
+    write_manifest(folder)  # which does not list itself
+    harm(folder)
+    assert find_damage(folder) == damage
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    fill(tmp_path)
+    write_manifest(tmp_path)
+
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("dynabert_fast.files._crc", fails)
+    assert find_damage(tmp_path) == "it cannot be read: [Errno 5] Input/output error"
 
 
 def test_new_folder(tmp_path):

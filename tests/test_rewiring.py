@@ -6,13 +6,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dynabert_fast import ops
 from dynabert_fast.errors import InputError
 from dynabert_fast.models import DynaBertForSequenceClassification, DynaBertModel
 from dynabert_fast.models.conversion import to_huggingface
-from dynabert_fast.rewiring import FILE_NAME, Rewiring, measure_importance, rewire
+from dynabert_fast.rewiring import (
+    FILE_NAME,
+    Rewiring,
+    _add_importance,
+    _watched,
+    measure_importance,
+    rewire,
+)
 from dynabert_fast.subnet import Subnet
 
-HEADS, NEURONS, LAYERS = 4, 40, 4
+COUNTS = HEADS, NEURONS = 4, 40
+LAYERS = 4
 
 
 def measure(model, batches, accumulation="per_batch"):
@@ -85,6 +94,41 @@ def test_importance_is_the_definition(make_model, dense_forward, batches, accumu
     for g, w in zip(got.neuron_importance, neurons, strict=True):
         torch.testing.assert_close(g.double(), w, rtol=1e-5, atol=1e-7)
     assert (got.accumulation, got.batches) == (accumulation, 3)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_magnitudes_are_added_as_in_float64(make_model, device, dtype):
+    """On a GPU by a kernel of ours; allowed is twice the error of plain torch there."""
+    layers = make_model(dtype=dtype).to(device).dynabert.encoder.layer
+    generator = torch.Generator().manual_seed(0)
+    gradients = [
+        torch.randn(p.shape, generator=generator).to(p) for layer in layers for p in _watched(layer)
+    ]
+    truth = []
+    for i, layer in enumerate(layers):
+        out, up, up_bias, down = (
+            p.detach().double() * g.double()
+            for p, g in zip(_watched(layer), gradients[4 * i :][:4], strict=True)
+        )
+        truth.append(out.view(HEADS, -1).sum(1).abs())
+        truth.append((up.sum(1) + up_bias).abs() + down.sum(1).abs())
+
+    def error():
+        heads, neurons = ([torch.full((n,), 0.5, device=device) for _ in layers] for n in COUNTS)
+        _add_importance(layers, gradients, heads, neurons)
+        got = [sums for pair in zip(heads, neurons, strict=True) for sums in pair]
+        assert all(g.dtype == torch.float32 for g in got)
+        errors = [(g - 0.5 - t).abs().max() for g, t in zip(got, truth, strict=True)]
+        return torch.stack(errors).max()
+
+    with ops.use_backend("reference"):
+        allowed = error()
+    assert error() <= 2 * allowed + 1e-5
 
 
 def test_the_two_accumulations_differ_from_the_second_batch_on(make_model, batches):

@@ -300,13 +300,24 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
 def add_training(parser: argparse.ArgumentParser, per_stage: bool = False) -> None:
     """Hyper-parameters; the defaults are the paper's."""
     group = parser.add_argument_group("training", "defaults are the paper's")
+    size = group.add_mutually_exclusive_group()
 
-    def add(name: str, kind: Callable[[str], Any], default: Any, text: str) -> None:
-        group.add_argument(name, type=kind, default=default, metavar="N", help=text)
+    def add(
+        name: str, kind: Callable[[str], Any], default: Any, text: str, to: Any = group
+    ) -> None:
+        to.add_argument(name, type=kind, default=default, metavar="N", help=text)
 
     add("--epochs", POSITIVE, 3.0, "passes over the data (default 3)")
     add("--max-steps", COUNT, -1, "stop each stage after so many steps")
-    add("--batch-size", COUNT, 32, "examples per step (default 32)")
+    add("--batch-size", COUNT, None, "examples per batch and process (default 32)", to=size)
+    add(
+        "--tokens-per-step",
+        COUNT,
+        None,
+        "instead: as many examples a step as fit so many tokens, over all processes and "
+        "accumulated batches",
+        to=size,
+    )
     add("--learning-rate", POSITIVE, 2e-5, "peak rate (default 2e-5)")
     if per_stage:
         for stage in STAGES:
@@ -329,7 +340,27 @@ def add_training(parser: argparse.ArgumentParser, per_stage: bool = False) -> No
         help="fp32, or autocast to 16 bits (default fp32)",
     )
     add("--save-every", NATURAL, 0, "also save a checkpoint every so many steps")
-    add("--seed", NATURAL, 42, "of data order and dropout (default 42)")
+    group.add_argument(
+        "--schedule",
+        choices=("grid", "sandwich", "random"),
+        default="grid",
+        help="sub-networks of a step: all (default); the largest, the smallest and some others; or "
+        "these two and some whose widths differ from layer to layer",
+    )
+    add("--drawn-subnets", NATURAL, 2, "how many of these others a step draws (default 2)")
+    add(
+        "--subnets-per-pass",
+        COUNT,
+        None,
+        "at most so many sub-networks in one forward and backward pass: less memory, more time "
+        "(default all of a step's)",
+    )
+    group.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="compute layers again in the backward pass: much less memory, a third more work",
+    )
+    add("--seed", NATURAL, 42, "of data order, dropout and schedule (default 42)")
 
 
 def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
@@ -360,7 +391,7 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
 
 def training_options(args: argparse.Namespace, stage: str | None = None) -> TrainingOptions:
     """The hyper-parameters, for one stage where the command has options for each."""
-    from dynabert_fast.training import TrainingOptions
+    from dynabert_fast.training import Schedule, TrainingOptions
 
     def of_stage(name: str) -> float:
         value = getattr(args, f"{stage}_{name}", None) if stage else None
@@ -370,7 +401,8 @@ def training_options(args: argparse.Namespace, stage: str | None = None) -> Trai
         learning_rate=of_stage("learning_rate"),
         epochs=of_stage("epochs"),
         max_steps=args.max_steps,
-        batch_size=args.batch_size,
+        batch_size=TrainingOptions.batch_size if args.batch_size is None else args.batch_size,
+        tokens_per_step=args.tokens_per_step,
         warmup=args.warmup,
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
@@ -378,6 +410,9 @@ def training_options(args: argparse.Namespace, stage: str | None = None) -> Trai
         precision=args.precision,
         eval_batch_size=args.eval_batch_size,
         save_every=args.save_every,
+        schedule=Schedule(args.schedule, args.drawn_subnets),
+        subnets_per_pass=args.subnets_per_pass,
+        checkpointing=args.checkpointing,
         seed=args.seed,
     )
 

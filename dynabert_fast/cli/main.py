@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dynabert_fast import __version__
 from dynabert_fast.cli import bench, checkpoints, info, quickstart, training
 from dynabert_fast.cli.arguments import PROGRAM, Parser
-from dynabert_fast.errors import InputError, MissingPackageError
+from dynabert_fast.errors import InputError, MissingPackageError, TrainingError
 
-#: Exit codes: 0 done, 1 the system refused (a full disk), 2 bad input; 130 interrupted and 141
-#: nobody reads the output any more, as a shell reports SIGINT and SIGPIPE.
+#: Exit codes: 0 done, 1 the system refused (a full disk) or a loss was NaN, 2 bad input; 130
+#: interrupted and 141 nobody reads the output any more, as a shell reports SIGINT and SIGPIPE.
 FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing is None:
             raise
         code, message = BAD_INPUT, f"error: {missing}"
+    except TrainingError as error:
+        code, message = FAILED, f"error: {error}"
     except OSError as error:  # SaveError among them
         code, message = _refusal(error)
     except KeyboardInterrupt:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynabert_fast.cli import arguments as shared
 from dynabert_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from dynabert_fast.data.augmentation import Augmentation
 
 _OWN_FILE = "--train-file reviews.csv --text-column review --label-column stars"
 
@@ -38,6 +41,7 @@ dynabert-fast fit --model bert-base-uncased --task sst2 --data-dir glue/SST-2 --
         help="how importance is summed over batches (default per_batch); none: do not sort",
     )
     shared.add_data(parser)
+    _add_augmentation(parser)
     shared.add_training(parser, per_stage=True)
     shared.add_grid(parser)
     shared.add_distillation(parser, of_depths=True)
@@ -105,10 +109,52 @@ dynabert-fast rewire rewired --show""",
             )
         shared.add_output(parser)
         shared.add_data(parser)
+        if stage != "final":
+            _add_augmentation(parser)
         shared.add_training(parser)
         shared.add_grid(parser)
         if stage != "final":
             shared.add_distillation(parser, of_depths=stage == "depth")
+
+
+def _add_augmentation(parser: argparse.ArgumentParser) -> None:
+    """More training texts, for the stages that distil."""
+    group = parser.add_argument_group(
+        "augmentation", "of the training texts of the stages that distil, as TinyBERT's"
+    )
+    group.add_argument(
+        "--augment",
+        type=shared.COUNT,
+        metavar="N",
+        help="copies of each example with words replaced (the paper: 20 or 30; default none)",
+    )
+    group.add_argument(
+        "--augment-model",
+        metavar="SOURCE",
+        help="masked language model that proposes the words: folder or hub id",
+    )
+    group.add_argument(
+        "--augment-seed",
+        type=shared.NATURAL,
+        default=0,
+        metavar="N",
+        help="of what is replaced by what (default 0)",
+    )
+
+
+def _augmentation(args: argparse.Namespace) -> Augmentation | None:
+    """How to augment, if at all."""
+    if args.augment is None and args.augment_model is None:
+        return None
+    if args.augment is None:
+        raise InputError("--augment-model needs --augment, the number of copies of each example")
+    if args.augment_model is None:
+        raise InputError(
+            "--augment needs --augment-model, a masked language model (bert-base-uncased, say)"
+        )
+    from dynabert_fast.data.augmentation import Augmentation
+
+    return Augmentation(copies=args.augment, seed=args.augment_seed)
 
 
 def _fit(args: argparse.Namespace) -> None:
@@ -122,6 +168,8 @@ def _fit(args: argparse.Namespace) -> None:
         max_length=args.max_length,
         rewiring=None if args.rewiring == "none" else args.rewiring,
         final=args.final,
+        augmentation=_augmentation(args),
+        masked_lm=args.augment_model,
         latency_batch_size=args.latency_batch,
         latency_length=args.latency_length,
         latency_rounds=args.latency_rounds,
@@ -178,9 +226,10 @@ def _train(stage: str, args: argparse.Namespace) -> None:
     shared.quiet_libraries()
     from dynabert_fast.subnet import grid
     from dynabert_fast.training import check_teacher, run_stage, stages
-    from dynabert_fast.training.pipeline import load_config, load_model
+    from dynabert_fast.training.pipeline import augmented, load_config, load_model
 
     distils = stage != "final"
+    augmentation = _augmentation(args) if distils else None
     found = (shared.stages_of(args) if distils else stages(args.widths, args.depths))[stage]
     options = shared.training_options(args)
     config = load_config(args.checkpoint)
@@ -189,7 +238,9 @@ def _train(stage: str, args: argparse.Namespace) -> None:
         check_teacher(found.recipe, config, load_config(args.teacher))
     if shared.done_before(args):
         return
-    _, encoded = shared.prepare(args, args.checkpoint)
+    data, encoded = shared.prepare(args, args.checkpoint)
+    if augmentation is not None:
+        encoded = augmented(data.train, encoded, args.augment_model, augmentation, args.max_length)
     model = load_model(args.checkpoint)
     teacher = load_model(args.teacher) if distils else None
     run_stage(found, model, encoded, args.output, options, teacher, args.resume)

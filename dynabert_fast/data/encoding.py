@@ -1,7 +1,8 @@
-"""Token ids made once; batches padded to their longest row, and made of rows of like length."""
+"""Token ids made once; batches padded to their longest row, of like lengths or of like totals."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -168,3 +169,94 @@ class LengthGroupedSampler(Sampler[int]):
         batches = order[:whole].reshape(-1, self.batch_size)
         yield from rng.permutation(batches).reshape(-1).tolist()  # permutes rows: whole batches
         yield from order[whole:].tolist()
+
+
+class TokenBudgetSampler(Sampler[list[int]]):
+    """Batches of random examples that hold, a step at a time, like numbers of tokens.
+
+    A step is an optimiser step over everything: ``parts`` batches, one for each process and each
+    accumulated batch, have at most ``tokens`` real tokens together. Every index comes once an
+    epoch and every step is whole, so an epoch has the same number of batches in every process.
+
+    A random order is cut into steps at equal sums of tokens. Cuts fall between examples, so a step
+    has less than the longest example, L tokens, above the mean; with
+    ``ceil(total / (tokens - L + 1))`` steps, none of them is above ``tokens`` in any order. Which
+    examples make a step depends on (seed, epoch) alone, not on ``parts``: another number of
+    processes trains on the same steps. Inside a step the examples are dealt to batches of near
+    equal totals, so that no process waits for another for long.
+
+    Examples of like length would save nothing: padding is not computed.
+
+    Args:
+        lengths: tokens of each example.
+        tokens: most tokens of a step.
+        parts: batches of a step: processes times accumulated batches.
+        seed: any number from 0.
+
+    Attributes:
+        steps: in an epoch.
+
+    Raises:
+        InputError: there are fewer examples than a step has batches; ``tokens`` leaves less than
+            one example for each of them; ``seed`` below 0 or ``parts`` below 1.
+    """
+
+    def __init__(self, lengths: Sequence[int], tokens: int, parts: int = 1, seed: int = 0) -> None:
+        if parts < 1:
+            raise InputError(f"parts must be at least 1, got {parts}")
+        if seed < 0:
+            raise InputError(f"seed must be at least 0, got {seed}")
+        count = len(lengths)
+        if count < parts:
+            raise InputError(
+                f"a step has {parts} batches (processes times accumulated batches), the training "
+                f"data {count} examples; use fewer batches a step or more data"
+            )
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.parts = parts
+        self.seed = seed
+        self.epoch = 0
+        longest, total = int(self.lengths.max()), int(self.lengths.sum())
+        # At least `parts` examples a step: even the longest, and in the mean.
+        least = max(parts * longest, longest - 1 - -total // (count // parts))
+        if tokens < least:
+            raise InputError(
+                f"tokens_per_step must be at least {least}, so that each of a step's {parts} "
+                f"batches holds an example of at most {longest} tokens, got {tokens}"
+            )
+        self.steps = -(-total // (tokens - longest + 1))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose batches the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps * self.parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths))
+        for step in np.split(order, self._cuts(order)):
+            yield from self._deal(step.tolist())
+
+    def _cuts(self, order: np.ndarray) -> np.ndarray:
+        """Where each step but the first begins: step i with the first token after i means."""
+        starts = np.cumsum(self.lengths[order]) - self.lengths[order]
+        numbers = np.arange(1, self.steps)
+        cuts = np.searchsorted(starts * self.steps, numbers * int(self.lengths.sum()))
+        # Steps of few examples: each gets `parts` of them at least, which `tokens` has room for.
+        room = numbers * self.parts
+        cuts = np.maximum(np.maximum.accumulate(cuts - room), 0) + room
+        return np.minimum(cuts, len(order) - (self.steps - numbers) * self.parts)
+
+    def _deal(self, step: list[int]) -> list[list[int]]:
+        """A step's examples in batches: the longest first, each to the batch that has least."""
+        if self.parts == 1:
+            return [step]
+        batches: list[list[int]] = [[] for _ in range(self.parts)]
+        loads = [(0, part) for part in range(self.parts)]
+        for index in sorted(step, key=lambda i: -self.lengths[i]):
+            load, part = heapq.heappop(loads)
+            batches[part].append(index)
+            heapq.heappush(loads, (load + int(self.lengths[index]), part))
+        return batches

@@ -37,10 +37,15 @@ from dynabert_fast.models.packed import Extent, MixedBatch, PackedSequences
 from dynabert_fast.rewiring import FILE_NAME as REWIRING_FILE
 from dynabert_fast.rewiring import Rewiring
 from dynabert_fast.subnet import Subnet
+from dynabert_fast.tree import SubnetTree
 
 if TYPE_CHECKING:
     from dynabert_fast.engine import CpuEngine
     from dynabert_fast.engine.gpu import GpuEngine
+
+#: What a call may run: one sub-network (`None`: the view's, or all), one for each sequence, or
+#: several on every sequence.
+SubnetArgument = Subnet | Sequence[Subnet] | SubnetTree | None
 
 _HUB_KEYS = (
     "cache_dir",
@@ -277,17 +282,23 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         view._compiled_call_impl = None
         return view
 
-    def _choose(self, subnet: Subnet | Sequence[Subnet] | None) -> Subnet | list[Subnet]:
+    def _choose(self, subnet: SubnetArgument) -> Subnet | list[Subnet] | SubnetTree:
         """The sub-network of a call: the argument, or the view's, or the whole model."""
         if subnet is None:
             subnet = self._default_subnet or Subnet.full(self.config)
         given: list[Any] = list(subnet) if isinstance(subnet, list | tuple) else [subnet]
+        if isinstance(subnet, SubnetTree):
+            given = list(subnet.subnets)
         for one in given:
             if not isinstance(one, Subnet):
                 raise InputError(f"subnet must be a Subnet, got {type(one).__name__}")
-            if one not in self._known_subnets:
+            if _compiling():  # a look into the set would be compiled in, and what it held then
+                one.check(self.config)
+            elif one not in self._known_subnets:
                 one.check(self.config)
                 self._known_subnets.add(one)
+        if isinstance(subnet, SubnetTree):
+            return subnet
         return given if isinstance(subnet, list | tuple) else given[0]
 
     def extract(self, subnet: Subnet) -> Self:
@@ -465,28 +476,75 @@ class DynaBertModel(DynaBertPreTrainedModel):
     def encode(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | PackedSequences | None,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
-        subnet: Subnet | list[Subnet],
+        subnet: Subnet | list[Subnet] | SubnetTree,
         keep_hidden: bool,
     ) -> tuple[Tensor, list[Tensor], PackedSequences]:
-        """The packed last hidden state `[T, D]`, all hidden states if kept, and the packing."""
+        """The packed last hidden state `[T, D]`, all hidden states if kept, and the packing.
+
+        Of a tree, the last hidden states `[ends, T, D]`, of which `_in_order` makes one for each
+        sub-network, and all that its edges name.
+        """
         self._check_ids(input_ids, token_type_ids, position_ids)
         shape = (input_ids.shape[0], input_ids.shape[1])
         if isinstance(subnet, list):
+            if isinstance(attention_mask, PackedSequences):
+                raise InputError(
+                    "a batch with a sub-network for each sequence is packed in an order of its "
+                    "own; give its attention_mask as a tensor"
+                )
             mixed = MixedBatch.from_mask(shape, attention_mask, input_ids.device, subnet)
             x = self.embeddings(input_ids, token_type_ids, position_ids, mixed.packed)
             x, hidden = self._encode_mixed(x, mixed, keep_hidden)
             return x, hidden, mixed.packed
-        packed = PackedSequences.from_mask(shape, attention_mask, input_ids.device)
+        packed = self._packing(shape, attention_mask, input_ids.device)
         x = self.embeddings(input_ids, token_type_ids, position_ids, packed)
+        if isinstance(subnet, SubnetTree):
+            return *self._encode_tree(x, subnet, packed, keep_hidden), packed
         hidden = [x]
         for layer, heads, neurons in zip(subnet.layers, subnet.heads, subnet.neurons, strict=True):
             x = self.encoder.layer[layer](x, packed, heads, neurons)
             if keep_hidden:
                 hidden.append(x)
         return x, hidden, packed
+
+    @staticmethod
+    def _packing(
+        shape: tuple[int, int], mask: Tensor | PackedSequences | None, device: torch.device
+    ) -> PackedSequences:
+        if not isinstance(mask, PackedSequences):
+            return PackedSequences.from_mask(shape, mask, device)
+        if mask.shape != shape:
+            raise InputError(f"the batch is packed as {list(mask.shape)}, got ids {list(shape)}")
+        return mask
+
+    def _encode_tree(
+        self, x: Tensor, tree: SubnetTree, packed: PackedSequences, keep_hidden: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Every layer once, with the tree's nodes as lanes."""
+        total = len(x)
+        outputs: list[tuple[Tensor, ...]] = [(x,)]
+
+        def join(sources: tuple[tuple[int, int], ...]) -> Tensor:
+            parts = [outputs[output][piece] for output, piece in sources]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        lanes: dict[int, PackedSequences] = {}
+        for level in tree.levels:
+            count = len(level.heads)
+            if count not in lanes:
+                lanes[count] = packed.times(count, total)
+            y = self.encoder.layer[level.layer](
+                join(level.sources), lanes[count], list(level.heads), list(level.neurons)
+            )
+            # Pieces of one split: their gradients are joined once.
+            cut = [nodes * total for nodes in level.pieces]
+            outputs.append(y.split(cut) if len(cut) > 1 else (y,))
+        last = join(tree.ends).unflatten(0, (1 + max(tree.order), total))
+        hidden = [outputs[e.source[0]][e.source[1]] for e in tree.edges] if keep_hidden else []
+        return last, hidden
 
     def _encode_mixed(
         self, x: Tensor, mixed: MixedBatch, keep_hidden: bool
@@ -545,10 +603,10 @@ class DynaBertModel(DynaBertPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | PackedSequences | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        subnet: Subnet | Sequence[Subnet] | None = None,
+        subnet: SubnetArgument = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         unpack: bool = True,
@@ -557,11 +615,13 @@ class DynaBertModel(DynaBertPreTrainedModel):
 
         Args:
             input_ids: `[B, S]` int64.
-            attention_mask: `[B, S]`, non-zero at real tokens; default all real.
+            attention_mask: `[B, S]`, non-zero at real tokens; default all real. Or the
+                `PackedSequences` made of it, where the caller has them.
             token_type_ids: `[B, S]` int64; default 0.
             position_ids: `[B, S]` int64; default the family's rule.
-            subnet: The sub-network, or a list of one for each sequence, which then run in one call;
-                default the view's (see `at`), else the whole model.
+            subnet: The sub-network; or a list of one for each sequence, which then run in one call;
+                or a `SubnetTree` of several that all run on every sequence; default the view's (see
+                `at`), else the whole model.
             output_hidden_states: Also return the embeddings' and every kept layer's output.
             return_dict: `False` for a plain tuple.
             unpack: `False` returns hidden states of real tokens only, packed `[T, D]`; of several
@@ -569,23 +629,28 @@ class DynaBertModel(DynaBertPreTrainedModel):
 
         Returns:
             `last_hidden_state` `[B, S, D]` (zero at padding), `pooler_output` `[B, D]`,
-            `hidden_states`: a tuple of one more than the kept layers.
+            `hidden_states`: a tuple of one more than the kept layers. Of a tree of n sub-networks
+            `[n, B, S, D]` and `[n, B, D]`, and the tensor of each of its edges.
 
         Raises:
             InputError: Shapes, ids or the sub-network do not fit.
         """
         keep = _flag(output_hidden_states, self.config.output_hidden_states)
+        chosen = self._choose(subnet)
+        _check_packed(chosen, keep, unpack)
         x, hidden, packed = self.encode(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            self._choose(subnet),
-            keep,
+            input_ids, attention_mask, token_type_ids, position_ids, chosen, keep
         )
+        first = packed.first(x)
+        if isinstance(chosen, SubnetTree):
+            x, first = _in_order(x, chosen), _in_order(first, chosen)
+        last = x
+        if unpack:
+            many = x.dim() == 3
+            last = torch.stack([packed.unpack(one) for one in x]) if many else packed.unpack(x)
         output = BaseModelOutputWithPooling(
-            last_hidden_state=packed.unpack(x) if unpack else x,
-            pooler_output=self.pooler(packed.first(x)),
+            last_hidden_state=last,
+            pooler_output=self.pooler(first),
             hidden_states=_hidden_output(hidden, packed, keep, unpack),
         )
         return output if _flag(return_dict, self.config.return_dict) else output.to_tuple()
@@ -605,11 +670,11 @@ class DynaBertForSequenceClassification(DynaBertPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | PackedSequences | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        subnet: Subnet | Sequence[Subnet] | None = None,
+        subnet: SubnetArgument = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         unpack: bool = True,
@@ -618,37 +683,44 @@ class DynaBertForSequenceClassification(DynaBertPreTrainedModel):
 
         Args:
             input_ids: `[B, S]` int64.
-            attention_mask: `[B, S]`.
+            attention_mask: `[B, S]`, or its `PackedSequences`.
             token_type_ids: `[B, S]` int64.
             position_ids: `[B, S]` int64.
             labels: `[B]` int64 classes, or `[B]` floats for regression (`num_labels=1`).
-            subnet: The sub-network, or a list of one for each sequence, which then run in one call;
-                default the view's (see `at`), else the whole model.
+            subnet: The sub-network; or a list of one for each sequence, which then run in one call;
+                or a `SubnetTree` of several that all run on every sequence; default the view's (see
+                `at`), else the whole model.
             output_hidden_states: Also return all hidden states.
             return_dict: `False` for a plain tuple.
             unpack: `False` returns hidden states packed `[T, D]`.
 
         Returns:
-            `loss` (with labels), `logits` `[B, C]`, `hidden_states` as asked for.
+            `loss` (with labels), `logits` `[B, C]`, `hidden_states` as asked for. Of a tree of n
+            sub-networks the sum of their losses, `[n, B, C]`, and the tensor of each of its edges.
 
         Raises:
             InputError: Shapes, ids or the sub-network do not fit.
         """
         keep = _flag(output_hidden_states, self.config.output_hidden_states)
+        chosen = self._choose(subnet)
+        _check_packed(chosen, keep, unpack)
         x, hidden, packed = self.dynabert.encode(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            self._choose(subnet),
-            keep,
+            input_ids, attention_mask, token_type_ids, position_ids, chosen, keep
         )
         first = packed.first(x)
+        if isinstance(chosen, SubnetTree):
+            first = _in_order(first, chosen)
         if self.config.is_roberta:  # its head also drops out before the dense layer
             first = self.dropout(first)
         logits = self.classifier(self.dropout(self.dynabert.pooler(first)))
         loss = None
-        if labels is not None:
+        if labels is not None and isinstance(chosen, SubnetTree):
+            count = len(logits)
+            labels = labels.expand(count, *labels.shape).flatten(0, 1)
+            loss = count * self.loss_function(
+                labels=labels, pooled_logits=logits.flatten(0, 1), config=self.config
+            )
+        elif labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         output = SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=_hidden_output(hidden, packed, keep, unpack)
@@ -662,6 +734,22 @@ def _compiling() -> bool:
 
 def _flag(value: bool | None, default: bool) -> bool:
     return default if value is None else value
+
+
+def _check_packed(subnet: Subnet | list[Subnet] | SubnetTree, keep: bool, unpack: bool) -> None:
+    if isinstance(subnet, SubnetTree) and keep and unpack:
+        raise InputError(
+            "the hidden states of several sub-networks on one batch are packed pieces, one for "
+            "each of the tree's edges; ask for them with unpack=False"
+        )
+
+
+def _in_order(x: Tensor, tree: SubnetTree) -> Tensor:
+    """Nodes at the tree's ends `[ends, ...]` to sub-networks `[n, ...]`."""
+    if tree.order == tuple(range(len(x))):
+        return x
+    parts = x.unbind()
+    return torch.stack([parts[i] for i in tree.order])
 
 
 def _hidden_output(

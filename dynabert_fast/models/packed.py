@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -62,15 +62,43 @@ class PackedSequences:
         torch.cumsum(lengths, 0, out=offsets[1:])
         return cls(shape, offsets, max(counts), mask.flatten().nonzero().flatten())
 
+    @property
+    def tokens(self) -> int:
+        """T, the number of real tokens."""
+        return self.shape[0] * self.shape[1] if self.indices is None else len(self.indices)
+
     def pack(self, padded: Tensor) -> Tensor:
         """`[B, S, ...] -> [T, ...]`."""
         flat = padded.flatten(0, 1)
         return flat if self.indices is None else flat[self.indices]
 
-    def first(self, packed: Tensor) -> Tensor:
-        """Each sequence's first token, `[T, D] -> [B, D]`, in the batch's order."""
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
+        """The same on another device."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        offsets = self.offsets.to(device, non_blocking=non_blocking)
+        return replace(self, offsets=offsets, indices=move(self.indices), order=move(self.order))
+
+    def pin_memory(self) -> Self:
+        """The same in memory that a GPU copies from without waiting."""
+        indices, order = (t if t is None else t.pin_memory() for t in (self.indices, self.order))
+        return replace(self, offsets=self.offsets.pin_memory(), indices=indices, order=order)
+
+    def times(self, count: int, total: int) -> Self:
+        """The batch, of `total` tokens, `count` times over: one lane for each."""
         starts = self.offsets[:-1]
-        return packed[starts if self.order is None else starts[self.order]]
+        shifts = torch.arange(count, dtype=starts.dtype, device=starts.device) * total
+        end = self.offsets[-1:] + (count - 1) * total
+        offsets = torch.cat([(starts + shifts[:, None]).flatten(), end])
+        rows, sequences = [total] * count, [len(starts)] * count
+        return replace(self, offsets=offsets, rows=rows, sequences=sequences)
+
+    def first(self, packed: Tensor) -> Tensor:
+        """Each sequence's first token, `[..., T, D] -> [..., B, D]`, in the batch's order."""
+        starts = self.offsets[:-1]
+        return packed.index_select(-2, starts if self.order is None else starts[self.order])
 
     def unpack(self, packed: Tensor) -> Tensor:
         """`[T, ...] -> [B, S, ...]`, zero at padding."""

@@ -267,19 +267,40 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
     return autograd.soft_cross_entropy(student, teacher)
 
 
-def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """`mean((student - teacher)^2)` of two tensors of one shape, e.g. hidden states `[T, D]`.
+def hidden_mse(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """`mean((student - teacher)^2)`, or the sum of that over many pairs in one call.
 
-    No gradient flows to the teacher.
+    Args:
+        student: A tensor of any shape, e.g. hidden states `[T, D]`, or one for each pair, all of
+            one type. The shapes of different pairs may differ.
+        teacher: As many, of the students' shapes; no gradient flows to them.
+        weights: Factor of each pair's mean; 1 if not given.
 
     Returns:
-        A float32 (float64 for float64) scalar.
+        A float32 (float64 for float64) scalar; NaN where a pair has no values.
 
     Raises:
-        InputError: The shapes differ.
+        InputError: There is no pair, shapes or the students' types differ, or there is not one
+            teacher and one weight for each student.
     """
-    _check_pair("hidden_mse", student, teacher)
-    return autograd.hidden_mse(student, teacher)
+    students = [student] if isinstance(student, Tensor) else list(student)
+    teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
+    factors = [1.0] * len(students) if weights is None else [float(w) for w in weights]
+    _check(
+        0 < len(students) == len(teachers) == len(factors),
+        "hidden_mse needs a student or more, and as many teachers and weights; got {}, {} and {}",
+        len(students),
+        len(teachers),
+        len(factors),
+    )
+    for s, t in zip(students, teachers, strict=True):
+        _check_pair("hidden_mse", s, t)
+    _check_types("hidden_mse", *students)
+    return autograd.hidden_mse(students, teachers, factors)
 
 
 def _blocks(

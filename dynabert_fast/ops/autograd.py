@@ -9,6 +9,7 @@ functions and autograd, which `torch.compile` and `torch.export` trace.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +23,16 @@ _NAMESPACE = "dynabert_fast"
 _library = torch.library.Library(_NAMESPACE, "DEF")
 
 
-def _typed(args: Sequence[Any]) -> Tensor:
-    """The first floating-point tensor: what a backend is chosen by."""
-    return next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
+def _typed(kernel: str, args: Sequence[Any]) -> Tensor:
+    """The first floating-point tensor, also in a list: what a backend is chosen by.
+
+    A backward's incoming gradient is passed over: a loss's is wider than what the kernel reads.
+    """
+    for arg in args[1:] if kernel.endswith("_backward") else args:
+        x = arg[0] if isinstance(arg, list) else arg
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return x
+    raise TypeError(f"{kernel} needs a floating-point tensor, got none")
 
 
 def dispatch(kernel: str, *args: Any) -> Any:
@@ -32,7 +40,7 @@ def dispatch(kernel: str, *args: Any) -> Any:
 
     Tensors without memory of their own (fake ones, while something is traced) go through torch.
     """
-    x = _typed(args)
+    x = _typed(kernel, args)
     if type(x) not in (Tensor, torch.nn.Parameter):
         return getattr(torch.ops.dynabert_fast, kernel)(*args)
     return resolve(kernel, x.device, x.dtype)(*args)
@@ -42,7 +50,7 @@ def _define(kernel: str, schema: str, fake: Callable[..., Any]) -> None:
     """Make `torch.ops.dynabert_fast.<kernel>` with its shape function."""
 
     def implementation(*args: Any) -> Any:
-        x = _typed(args)
+        x = _typed(kernel, args)
         return resolve(kernel, x.device, x.dtype)(*args)
 
     _library.define(f"{kernel}{schema}")
@@ -57,9 +65,22 @@ def _call(kernel: str, *args: Any) -> Any:
     return dispatch(kernel, *args)
 
 
+def _spread(args: Sequence[Any], lists: int) -> tuple[Any, ...]:
+    """`args` without lists of tensors, which hide from autograd: their length, then one by one."""
+    return len(args[0]), *itertools.chain(*args[:lists]), *args[lists:]
+
+
+def _gather(spread: Sequence[Any], lists: int) -> tuple[Any, ...]:
+    """The arguments that `_spread` took."""
+    size, flat = spread[0], spread[1:]
+    return *(list(flat[i * size : (i + 1) * size]) for i in range(lists)), *flat[lists * size :]
+
+
 @dataclass(frozen=True)
 class Op:
     """A differentiable op; call it with the forward kernel's arguments for its first output.
+
+    Lists of tensors come first among them, all of one length; their gradients are lists.
 
     Attributes:
         name: Name of the forward kernel; the backward kernel is `<name>_backward`.
@@ -67,6 +88,7 @@ class Op:
         fakes: Shape functions of both kernels.
         setup: `(ctx, inputs, output)`: keeps what the backward needs.
         backward: `(ctx, grad) -> gradients`, one per input.
+        lists: How many arguments are lists of tensors.
     """
 
     name: str
@@ -74,6 +96,7 @@ class Op:
     fakes: tuple[Callable[..., Any], Callable[..., Any]]
     setup: Callable[[Any, tuple[Any, ...], Any], None]
     backward: Callable[[Any, Tensor], tuple[Any, ...]]
+    lists: int = field(init=False)
     function: type[torch.autograd.Function] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,16 +104,17 @@ class Op:
         _define(self.name, self.schemas[0], self.fakes[0])
         _define(f"{self.name}_backward", self.schemas[1], self.fakes[1])
         name, setup, backward = self.name, self.setup, self.backward
+        lists = self.schemas[0].count("Tensor[]")
 
-        def first_grad_only(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-            if grad is None:
-                return (None,) * len(ctx.needs_input_grad)
+        def first_grad_only(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
             return backward(ctx, grad)
 
         class Eager(torch.autograd.Function):
             # Not `setup_context`: that way takes 14 microseconds more a call.
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
+                if lists:
+                    args = _gather(args, lists)
                 output = dispatch(name, *args)
                 if isinstance(output, tuple):
                     ctx.mark_non_differentiable(*output[1:])
@@ -101,24 +125,29 @@ class Op:
 
             @staticmethod
             @torch.autograd.function.once_differentiable
-            def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+                if grad is None:
+                    return (None,) * len(ctx.needs_input_grad)
                 # Autograd may run this in a thread of its own, which does not inherit the choice.
                 with use_backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
-                    return first_grad_only(ctx, *grads)
+                    grads = backward(ctx, grad)
+                return (None, *_spread(grads, lists)[1:]) if lists else grads
 
         torch.library.register_autograd(
             f"{_NAMESPACE}::{name}", first_grad_only, setup_context=setup, lib=_library
         )
+        object.__setattr__(self, "lists", lists)
         object.__setattr__(self, "function", Eager)
 
     def __call__(self, *args: Any) -> Tensor:
         """The op's first output; the others are only what its backward needs."""
+        flat = _spread(args, self.lists) if self.lists else args
         if torch.compiler.is_compiling():
             output = getattr(torch.ops.dynabert_fast, self.name)(*args)
         elif torch.is_grad_enabled() and any(
-            a.requires_grad for a in args if isinstance(a, Tensor)
+            a.requires_grad for a in flat if isinstance(a, Tensor)
         ):
-            output = self.function.apply(*args)
+            output = self.function.apply(*flat)
         else:
             output = dispatch(self.name, *args)
         return output[0] if isinstance(output, tuple) else output
@@ -357,27 +386,35 @@ soft_cross_entropy = Op(
     ),
     (
         lambda student, teacher: _scalar(student),
-        lambda grad, student, teacher: torch.empty_like(student),
+        lambda grad, student, teacher: _empty(student, student.shape),
     ),
     _pair_setup,
     _soft_cross_entropy_grad,
 )
 
 
+def _hidden_mse_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    students, teachers, weights = inputs
+    ctx.save_for_backward(*students, *teachers)
+    ctx.weights = weights
+
+
 def _hidden_mse_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _call("hidden_mse_backward", grad, *ctx.saved_tensors), None
+    tensors, pairs = list(ctx.saved_tensors), len(ctx.weights)
+    call = tensors[:pairs], tensors[pairs:], ctx.weights
+    return _call("hidden_mse_backward", grad, *call), [None] * pairs, None
 
 
 hidden_mse = Op(
     "hidden_mse",
     (
-        "(Tensor student, Tensor teacher) -> Tensor",
-        "(Tensor grad, Tensor student, Tensor teacher) -> Tensor",
+        "(Tensor[] students, Tensor[] teachers, float[] weights) -> Tensor",
+        "(Tensor grad, Tensor[] students, Tensor[] teachers, float[] weights) -> Tensor[]",
     ),
     (
-        lambda student, teacher: _scalar(student),
-        lambda grad, student, teacher: torch.empty_like(student),
+        lambda students, teachers, weights: _scalar(students[0]),
+        lambda grad, students, teachers, weights: [_empty(s, s.shape) for s in students],
     ),
-    _pair_setup,
+    _hidden_mse_setup,
     _hidden_mse_grad,
 )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
+import math
 import os
 import threading
 import weakref
@@ -172,8 +174,7 @@ def expand(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.expand`."""
     x, weight, bias = _adjacent(x), _adjacent(weight), bias.contiguous()
-    new = x.new_empty if len(extents) == 1 else x.new_zeros
-    out = new(x.shape[0], max(extents))
+    out = x.new_empty(x.shape[0], max(extents))
     pre = torch.empty_like(out) if activation and keep_pre else x.new_empty(0)
     if out.numel():
         panels = _panels(weight, False, x.shape[0])
@@ -246,6 +247,16 @@ def expand_backward(
     return grad_x, grad_weight, grad_bias
 
 
+def _gradient_of(x: Tensor, extents: Sequence[int], rows: Sequence[int]) -> Tensor:
+    """To be written up to each block's extent; zero beyond, where x has no part in the result."""
+    grad, first = torch.empty_like(x), 0
+    for extent, count in zip(extents, rows, strict=True):
+        if extent < x.shape[1]:
+            grad[first : first + count, extent:] = 0
+        first += count
+    return grad
+
+
 def _weight_gradient(
     weight: Tensor,
     left: Tensor,
@@ -308,8 +319,7 @@ def contract_backward(
     grad, x, weight_t = _adjacent(grad), _adjacent(x), _adjacent(weight_t)
     grad_x = grad_weight = grad_bias = x.new_empty(0)
     if need_x:
-        whole = len(extents) == 1 and extents[0] == x.shape[1]
-        grad_x = torch.empty_like(x) if whole else torch.zeros_like(x)
+        grad_x = _gradient_of(x, extents, rows)
         if grad_x.numel():
             panels = _panels(weight_t, False, x.shape[0])
             _native().expand(
@@ -355,9 +365,8 @@ def attention(
     """As `reference.attention`, without a matrix of scores in memory."""
     qkv = _adjacent(qkv)
     total, most = qkv.shape[0], max(heads)
-    mixed = len(heads) > 1
-    out = (qkv.new_zeros if mixed else qkv.new_empty)(total, most * head_size)
-    lse = (torch.zeros if mixed else torch.empty)(total, most, dtype=torch.float32, device="cpu")
+    out = qkv.new_empty(total, most * head_size)
+    lse = torch.empty(total, most, dtype=torch.float32, device="cpu")
     if total:
         _native().attention(
             _is_bf16(qkv),
@@ -390,8 +399,10 @@ def attention_backward(
 ) -> Tensor:
     """As `reference.attention_backward`."""
     grad, qkv, out = _adjacent(grad), _adjacent(qkv), _adjacent(out)
-    whole = len(heads) == 1 and heads[0] * 3 * head_size == qkv.shape[1]
-    grad_qkv = torch.empty_like(qkv) if whole else torch.zeros_like(qkv)
+    starts = offsets.tolist()
+    blocks = itertools.pairwise(itertools.accumulate(sequences, initial=0))
+    rows = [starts[last] - starts[first] for first, last in blocks]
+    grad_qkv = _gradient_of(qkv, [3 * head_size * h for h in heads], rows)
     if qkv.shape[0]:
         _native().attention(
             _is_bf16(qkv),
@@ -401,7 +412,7 @@ def attention_backward(
             _address(lse),
             _address(grad),
             _address(grad_qkv),
-            offsets.tolist(),
+            starts,
             heads,
             sequences,
             *_dropout(p, seed),
@@ -583,21 +594,23 @@ def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.reshape(-1, columns).contiguous(), teacher.reshape(-1, columns).contiguous()
 
 
-def _loss(cross_entropy: bool, student: Tensor, teacher: Tensor) -> Tensor:
+def _loss(cross_entropy: bool, student: Tensor, teacher: Tensor) -> float:
     if not student.numel():
-        return torch.tensor(
-            torch.nan, dtype=torch.float32, device="cpu"
-        )  # the mean of nothing, as in torch
+        return math.nan  # the mean of nothing, as in torch
     student, teacher = _pair(student, teacher)
     rows, columns = student.shape
     call = _is_bf16(student), cross_entropy, columns, _address(student), _address(teacher), rows
-    return torch.tensor(_native().loss(*call), dtype=torch.float32, device="cpu")
+    return _native().loss(*call)
 
 
-def _loss_backward(cross_entropy: bool, grad: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
+def _loss_backward(cross_entropy: bool, grad: float, student: Tensor, teacher: Tensor) -> Tensor:
     shape, dtype = student.shape, student.dtype
     if not student.numel():
-        return torch.empty_like(student)
+        return student.new_empty(shape)
     student, teacher = _pair(student, teacher)
     rows, columns = student.shape
     out = torch.empty_like(student)
@@ -608,7 +621,7 @@ def _loss_backward(cross_entropy: bool, grad: Tensor, student: Tensor, teacher: 
         _address(student),
         _address(teacher),
         _address(out),
-        float(grad),
+        grad,
         rows,
     )
     return out.view(shape).to(dtype)
@@ -616,22 +629,28 @@ def _loss_backward(cross_entropy: bool, grad: Tensor, student: Tensor, teacher: 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
     """As `reference.soft_cross_entropy`."""
-    return _loss(True, student, teacher)
+    return _scalar(_loss(True, student, teacher))
 
 
 def soft_cross_entropy_backward(grad: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
     """As `reference.soft_cross_entropy_backward`."""
-    return _loss_backward(True, grad, student, teacher)
+    return _loss_backward(True, float(grad), student, teacher)
 
 
-def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
+def hidden_mse(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], weights: Sequence[float]
+) -> Tensor:
     """As `reference.hidden_mse`."""
-    return _loss(False, student, teacher)
+    pairs = zip(students, teachers, weights, strict=True)
+    return _scalar(sum(w * _loss(False, s, t) for s, t, w in pairs))
 
 
-def hidden_mse_backward(grad: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+def hidden_mse_backward(
+    grad: Tensor, students: Sequence[Tensor], teachers: Sequence[Tensor], weights: Sequence[float]
+) -> list[Tensor]:
     """As `reference.hidden_mse_backward`."""
-    return _loss_backward(False, grad, student, teacher)
+    scale, pairs = float(grad), zip(students, teachers, weights, strict=True)
+    return [_loss_backward(False, scale * w, s, t) for s, t, w in pairs]
 
 
 def _why_not(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -442,20 +442,31 @@ def soft_cross_entropy_backward(grad: Tensor, student: Tensor, teacher: Tensor) 
     """Gradient of the student's logits: `(softmax(student) - softmax(teacher)) / B`."""
     dtype = _loss_type(student)
     difference = student.softmax(-1, dtype=dtype) - teacher.softmax(-1, dtype=dtype)
-    return (grad * difference / student.shape[0]).to(student.dtype)
+    return (grad * difference / student.shape[0]).to(student.dtype).contiguous()
 
 
-def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """`mean((student - teacher)^2)`, in float32 or more."""
-    dtype = _loss_type(student)
-    return F.mse_loss(student.to(dtype), teacher.to(dtype))
+def hidden_mse(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], weights: Sequence[float]
+) -> Tensor:
+    """Sum over pairs of `weight * mean((student - teacher)^2)`, in float32 or more."""
+    dtype = _loss_type(students[0])
+    total = students[0].new_zeros((), dtype=dtype)
+    for student, teacher, weight in zip(students, teachers, weights, strict=True):
+        total = total + weight * F.mse_loss(student.to(dtype), teacher.to(dtype))
+    return total
 
 
-def hidden_mse_backward(grad: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-    """Gradient of the student: `2 (student - teacher) / numel`."""
-    dtype = _loss_type(student)
-    difference = student.to(dtype) - teacher.to(dtype)
-    return (difference * (grad * (2 / student.numel()))).to(student.dtype)
+def hidden_mse_backward(
+    grad: Tensor, students: Sequence[Tensor], teachers: Sequence[Tensor], weights: Sequence[float]
+) -> list[Tensor]:
+    """Gradients of the students: `weight * 2 (student - teacher) / numel`."""
+    dtype = _loss_type(students[0])
+    gradients = []
+    for student, teacher, weight in zip(students, teachers, weights, strict=True):
+        scale = grad * (2 * weight / max(student.numel(), 1))
+        difference = student.to(dtype) - teacher.to(dtype)
+        gradients.append((difference * scale).to(student.dtype).contiguous())
+    return gradients
 
 
 KERNELS = {

@@ -26,6 +26,7 @@ _FILES = {
     "soft_cross_entropy_backward": "losses",
     "hidden_mse": "losses",
     "hidden_mse_backward": "losses",
+    "add_importance": "importance",  # of `rewiring`, which has its own way without it
 }
 #: Tensor cores multiply bf16 from compute capability 8.0 on.
 _LEAST_CAPABILITY = (8, 0)
@@ -35,7 +36,11 @@ def _kernel(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         importlib.import_module("dynabert_fast.kernels.tuning")  # chooses configurations from here
         module = importlib.import_module(f"dynabert_fast.kernels.{_FILES[name]}")
-        return getattr(module, name)(*args)
+        x = args[0][0] if isinstance(args[0], list) else args[0]
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return getattr(module, name)(*args)
+        with torch.cuda.device(x.device):  # triton launches on the current one
+            return getattr(module, name)(*args)
 
     call.__name__ = name
     return call

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dynabert_fast.training.losses import Distillation, distillation_loss, matched_layers
+from dynabert_fast.training.losses import (
+    Distillation,
+    TreeDistillation,
+    distillation_loss,
+    matched_layers,
+)
+from dynabert_fast.training.schedules import Schedule
 from dynabert_fast.training.stages import (
     Stage,
     StageData,
@@ -16,9 +22,11 @@ from dynabert_fast.training.trainer import ElasticTrainer
 __all__ = [
     "Distillation",
     "ElasticTrainer",
+    "Schedule",
     "Stage",
     "StageData",
     "TrainingOptions",
+    "TreeDistillation",
     "check_teacher",
     "distillation_loss",
     "matched_layers",

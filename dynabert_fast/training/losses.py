@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from dynabert_fast import ops
 from dynabert_fast.errors import InputError
 from dynabert_fast.models import DynaBertConfig
 from dynabert_fast.subnet import Subnet
+from dynabert_fast.tree import SubnetTree
 
 TeacherWidth = Literal["same", "full"]
 
@@ -31,11 +32,14 @@ class Distillation:
         hidden: Weight of the hidden states' loss (lambda_2); 0 leaves them out.
         teacher_width: `same`: the teacher runs at the student's width (the paper); `full`: always
             at full width (the released code), one teacher pass per batch.
+        width_exponent: A sub-network's loss counts `width ** width_exponent` times: 0 for all alike
+            (the paper), negative for more weight on narrow ones. Explicit extents count once.
     """
 
     logits: float = 1.0
     hidden: float = 1.0
     teacher_width: TeacherWidth = "same"
+    width_exponent: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse weights that train nothing."""
@@ -45,8 +49,14 @@ class Distillation:
                 "distillation weights must be finite, at least 0 and not both 0, "
                 f"got logits {self.logits} and hidden {self.hidden}"
             )
+        if not math.isfinite(self.width_exponent):
+            raise InputError(f"width_exponent must be finite, got {self.width_exponent}")
         if self.teacher_width not in ("same", "full"):
             raise InputError(f"teacher_width must be same or full, got {self.teacher_width!r}")
+
+    def weight(self, student: Subnet) -> float:
+        """How many times the student's loss counts."""
+        return 1.0 if student.width is None else student.width**self.width_exponent
 
     def teacher_subnet(self, config: DynaBertConfig, student: Subnet) -> Subnet:
         """The teacher's sub-network for a student: full depth, full or the student's width.
@@ -95,3 +105,115 @@ def distillation_loss(
         pairs = zip(student_hidden, teacher_hidden, strict=True)
         loss = loss + recipe.hidden * torch.stack([ops.hidden_mse(s, t) for s, t in pairs]).sum()
     return loss
+
+
+class _Pair(NamedTuple):
+    """Neighbouring nodes of one hidden state of the student's, and what they learn from."""
+
+    state: int
+    first: int
+    target: int
+    target_first: int
+    nodes: int
+    users: float  # weight of the sub-networks that learn so, in each of the nodes
+
+    def goes_on_with(self, state: int, node: int, target: int, at: int, users: float) -> bool:
+        """Whether a node of the students' lies right behind these, and likewise its target."""
+        return (
+            (state, target, users) == (self.state, self.target, self.users)
+            and node == self.first + self.nodes
+            and at == self.target_first + self.nodes
+        )
+
+
+class TreeDistillation:
+    """The distillation losses of all sub-networks of a tree, each part that they share once.
+
+    Args:
+        recipe: The weights, and the choice of teachers.
+        config: The teacher's configuration.
+        tree: The students.
+
+    Attributes:
+        teachers: The tree that the teacher runs: each of the students' teachers once.
+    """
+
+    def __init__(self, recipe: Distillation, config: DynaBertConfig, tree: SubnetTree) -> None:
+        self.recipe = recipe
+        own = [recipe.teacher_subnet(config, student) for student in tree.subnets]
+        self.teachers = SubnetTree(list(dict.fromkeys(own)))
+        #: Which of the teachers each student has.
+        self.teacher_of = [self.teachers.subnets.index(teacher) for teacher in own]
+        self._weights = [recipe.weight(student) for student in tree.subnets]
+        self._pairs = self._match(tree) if recipe.hidden else []
+
+    def _match(self, tree: SubnetTree) -> list[_Pair]:
+        """Each hidden state with the teacher's input of the same layer, the last with the last."""
+        place = {
+            (edge.layer, teacher): (target, node)
+            for target, edge in enumerate(self.teachers.edges)
+            for node, users in enumerate(edge.users)
+            for teacher in users
+        }
+        pairs: list[_Pair] = []
+        for state, edge in enumerate(tree.edges):
+            for node, users in enumerate(edge.users):
+                targets: dict[tuple[int, int], float] = {}
+                for user in users:
+                    found = place[edge.layer, self.teacher_of[user]]
+                    targets[found] = targets.get(found, 0.0) + self._weights[user]
+                for (target, at), count in targets.items():
+                    last = pairs[-1] if pairs else None
+                    if last is not None and last.goes_on_with(state, node, target, at, count):
+                        pairs[-1] = last._replace(nodes=last.nodes + 1)
+                    else:
+                        pairs.append(_Pair(state, node, target, at, 1, count))
+        return pairs
+
+    def __call__(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        states: Sequence[Tensor],
+        targets: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted losses of the logits, and those of the hidden states.
+
+        Args:
+            logits: `[n, B, C]`; C = 1 is regression.
+            teacher_logits: `[m, B, C]`, of `teachers`.
+            states: Hidden states of the students' edges, packed.
+            targets: Those of the teachers' edges.
+
+        Returns:
+            Two float32 scalars (float64 for float64): sums over all students. The first is a mean
+            over the batch's examples, the second one over its tokens.
+        """
+        wanted = teacher_logits
+        if self.teacher_of != list(range(len(teacher_logits))):
+            wanted = torch.stack([teacher_logits[i] for i in self.teacher_of])
+        wanted = wanted.detach()
+        compare = ops.hidden_mse if logits.shape[-1] == 1 else ops.soft_cross_entropy
+        if self.recipe.width_exponent == 0:
+            # Every student has as many examples, so the mean over all is the mean of their means.
+            of_logits = len(logits) * compare(logits.flatten(0, 1), wanted.flatten(0, 1))
+        else:
+            each = zip(self._weights, logits, wanted, strict=True)
+            of_logits = torch.stack([w * compare(own, target) for w, own, target in each]).sum()
+        of_logits = self.recipe.logits * of_logits
+        if not self._pairs:
+            return of_logits, torch.zeros_like(of_logits)
+        students, teachers, weights = [], [], []
+        tokens = len(targets[0]) // len(self.teachers.edges[0].users)
+        for pair in self._pairs:
+            students.append(_nodes(states[pair.state], pair.first, pair.nodes, tokens))
+            teachers.append(_nodes(targets[pair.target], pair.target_first, pair.nodes, tokens))
+            weights.append(float(self.recipe.hidden * pair.users * pair.nodes))
+        return of_logits, ops.hidden_mse(students, teachers, weights)
+
+
+def _nodes(rows: Tensor, first: int, count: int, tokens: int) -> Tensor:
+    """The rows of some neighbouring nodes."""
+    if len(rows) == count * tokens:
+        return rows
+    return rows[first * tokens : (first + count) * tokens]

@@ -4,6 +4,7 @@ output/
   fit.json       the settings, which a resumed run must repeat
   teacher/       the fine-tuned model
   rewired/       the same function, heads and neurons sorted by importance
+  augmented.json what the two stages below train on, if asked for
   width/         stage 1: every width is good
   dynabert/      stage 2: every width and depth is good
   final/         stage 3, if asked for
@@ -19,13 +20,15 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from dynabert_fast.data import Collator, EncodedDataset, TaskData
+from dynabert_fast.data import Collator, EncodedDataset, Examples, TaskData
+from dynabert_fast.data.augmentation import Augmentation, augment, load_masked_lm
 from dynabert_fast.errors import InputError
 from dynabert_fast.evaluation import Grid, evaluate_grid, write_report
 from dynabert_fast.evaluation.grid import write_aside
@@ -49,6 +52,8 @@ class FitOptions:
         max_length: Longer texts are cut to this many tokens.
         rewiring: How importance is accumulated; `None` leaves heads and neurons unsorted.
         final: Also run stage 3 (fine-tuning of the grid on labels).
+        augmentation: How the training texts of the stages that distil are multiplied.
+        masked_lm: With `augmentation`: folder or hub id of the masked language model.
         latency_batch_size: Of the latency measurement.
         latency_length: Tokens per sequence, likewise.
         latency_rounds: Timed rounds, likewise.
@@ -61,6 +66,8 @@ class FitOptions:
     max_length: int = 128
     rewiring: Accumulation | None = "per_batch"
     final: bool = False
+    augmentation: Augmentation | None = None
+    masked_lm: str | Path | None = None
     latency_batch_size: int = 1
     latency_length: int = 128
     latency_rounds: int = 20
@@ -161,8 +168,11 @@ def check_options(config: DynaBertConfig, options: FitOptions) -> None:
     """Refuse options that do not fit a model, before any work is done.
 
     Raises:
-        InputError: A multiplier keeps no head or layer, or a length is beyond the model's.
+        InputError: A multiplier keeps no head or layer, a length is beyond the model's, or
+            augmentation has no masked language model.
     """
+    if options.augmentation is not None and not options.masked_lm:
+        raise InputError("augmentation needs a masked language model: name its folder or hub id")
     for stage in options.stages.values():
         grid(config, stage.widths, stage.depths)
     check_length("max_length", options.max_length, config)
@@ -178,6 +188,41 @@ def stage_data(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: i
         tokenizer,
         data.task.metric,
     )
+
+
+def augmented(
+    examples: Examples,
+    encoded: StageData,
+    masked_lm: str | Path,
+    augmentation: Augmentation,
+    max_length: int,
+    file: Path | None = None,
+    progress: bool = True,
+) -> StageData:
+    """The task with multiplied training examples.
+
+    Args:
+        examples: The training examples.
+        encoded: The task, tokenised.
+        masked_lm: Folder or hub id of the masked language model.
+        augmentation: How.
+        max_length: As in `stage_data`.
+        file: Where to keep the examples; if it is there, they are read from it.
+        progress: Show a progress bar.
+
+    Raises:
+        InputError: The masked language model cannot serve.
+        SaveError: `file` could not be written.
+    """
+    if file is not None and file.is_file():
+        found = Examples(**json.loads(file.read_text(encoding="utf-8")))
+    else:
+        model, tokenizer = load_masked_lm(masked_lm)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        found = augment(examples, model, tokenizer, augmentation, progress)
+        if file is not None:
+            write_aside(file, json.dumps(asdict(found)) + "\n")
+    return replace(encoded, train=EncodedDataset(found, encoded.tokenizer, max_length))
 
 
 def head_changes(data: TaskData) -> dict[str, Any]:
@@ -269,6 +314,8 @@ def fit(
     encoded = stage_data(data, load_tokenizer(source), options.max_length)
     if not begun:
         load_model(source, **head_changes(data))  # refuses damaged weights before a folder is made
+        if options.masked_lm:
+            load_masked_lm(options.masked_lm)
         output.mkdir(parents=True, exist_ok=True)
         write_aside(output / "fit.json", json.dumps(settings, indent=2) + "\n")
 
@@ -281,10 +328,22 @@ def fit(
         run()
 
     def train(name: str, student: Path, taught_by: Path | None, folder: Path) -> None:
+        examples = encoded
+        if options.augmentation and options.masked_lm and taught_by:
+            examples = augmented(
+                data.train,
+                encoded,
+                options.masked_lm,
+                options.augmentation,
+                options.max_length,
+                output / "augmented.json",
+                progress,
+            )
+            _say(progress, f"{len(data.train)} examples augmented to {len(examples.train)}")
         run_stage(
             options.stages[name],
             load_model(student),
-            encoded,
+            examples,
             folder,
             options.training[name],
             load_model(taught_by) if taught_by else None,
@@ -363,6 +422,8 @@ def _settings(source: str | Path, data: TaskData, options: FitOptions) -> dict[s
         "max_length": options.max_length,
         "rewiring": options.rewiring,
         "final": options.final,
+        "augmentation": options.augmentation
+        and {**asdict(options.augmentation), "model": str(options.masked_lm)},
         "stages": {name: asdict(stage) for name, stage in options.stages.items()},
         "training": {name: asdict(values) for name, values in options.training.items()},
         "data": _digest(data),

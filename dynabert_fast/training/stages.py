@@ -14,9 +14,11 @@ decay, AdamW without weight decay, gradients clipped at 1.0.
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +27,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dynabert_fast.data import Collator, EncodedDataset
 from dynabert_fast.errors import InputError
-from dynabert_fast.files import new_folder, whole_folder
+from dynabert_fast.files import find_damage, new_folder, whole_folder
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
 from dynabert_fast.training.losses import Distillation
+from dynabert_fast.training.schedules import Schedule
 from dynabert_fast.training.trainer import GRID_SUM, ElasticTrainer, checkpoints
+
+_logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -74,7 +79,11 @@ class TrainingOptions:
 
     Attributes:
         learning_rate: Peak learning rate of AdamW.
-        batch_size: Examples per step and process.
+        batch_size: Examples per batch and process.
+        tokens_per_step: Instead of a number of examples: an optimiser step takes as many examples
+            as fit so many real tokens, over all processes and accumulated batches together. A step
+            then has the same examples whatever the number of processes; each of them has about
+            its part of the tokens. `batch_size` is not used.
         epochs: Passes over the training data.
         max_steps: Stop after so many optimiser steps instead (-1: do not).
         warmup: Share of the steps with a rising learning rate; default 0, and 0.06 for RoBERTa.
@@ -84,11 +93,17 @@ class TrainingOptions:
         precision: `fp32`, or `bf16` / `fp16` autocast.
         eval_batch_size: Examples per batch in evaluation.
         save_every: Also save a checkpoint every so many steps (0: after each epoch only).
-        seed: Of the data order and of dropout.
+        schedule: Which of a stage's sub-networks each step trains.
+        subnets_per_pass: At most so many in one forward and backward pass, to bound the memory of
+            activations; default all of a step's.
+        checkpointing: Keep only the input of each layer for the backward pass, and compute the
+            layer again there: less memory, a third more work.
+        seed: Of the data order, of dropout and of the schedule.
     """
 
     learning_rate: float = 2e-5
     batch_size: int = 32
+    tokens_per_step: int | None = None
     epochs: float = 3.0
     max_steps: int = -1
     warmup: float | None = None
@@ -98,6 +113,9 @@ class TrainingOptions:
     precision: Precision = "fp32"
     eval_batch_size: int = 64
     save_every: int = 0
+    schedule: Schedule = field(default_factory=Schedule)
+    subnets_per_pass: int | None = None
+    checkpointing: bool = False
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -111,8 +129,12 @@ class TrainingOptions:
         ):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.tokens_per_step is not None and self.tokens_per_step < 1:
+            raise InputError(f"tokens_per_step must be above 0, got {self.tokens_per_step}")
         if self.warmup is not None and not 0 <= self.warmup < 1:
             raise InputError(f"warmup is a share of the steps in [0, 1), got {self.warmup}")
+        if self.subnets_per_pass is not None and self.subnets_per_pass < 1:
+            raise InputError(f"subnets_per_pass must be above 0, got {self.subnets_per_pass}")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise InputError(f"precision must be fp32, bf16 or fp16, got {self.precision!r}")
 
@@ -142,6 +164,10 @@ class TrainingOptions:
             metric_for_best_model=GRID_SUM,
             greater_is_better=True,
             logging_steps=50,
+            # It waits for the device after every step. The Trainer's `_watch_loss` does not; only
+            # fp16 goes on after a loss that is not finite, which should not spoil the mean.
+            logging_nan_inf_filter=self.precision == "fp16",
+            gradient_checkpointing=self.checkpointing,
             seed=self.seed,
             report_to="none",
             disable_tqdm=not progress,
@@ -149,6 +175,8 @@ class TrainingOptions:
             # A layer that a step's last sub-network drops has its gradient from the earlier ones.
             ddp_find_unused_parameters=True,
             remove_unused_columns=False,
+            # Copies to the device from pinned memory.
+            accelerator_config={"non_blocking": torch.cuda.is_available()},
         )
 
 
@@ -183,8 +211,9 @@ def run_stage(
 ) -> None:
     """Train one stage and save the best checkpoint's model and tokenizer as `output`.
 
-    `output` appears when it is whole. Checkpoints live in `<output>.checkpoints` until then; with
-    `resume`, an interrupted run goes on from the last of them and ends with the same weights.
+    `output` appears when it is whole. Checkpoints live in `<output>.checkpoints` until then: the
+    best, the newest and the one before. With `resume`, an interrupted run goes on from the newest
+    that is not damaged and ends with the same weights.
 
     Args:
         stage: What to train.
@@ -197,9 +226,10 @@ def run_stage(
         progress: Show progress bars.
 
     Raises:
-        InputError: `output` or its checkpoints exist (without `resume`), or the teacher is missing
-            or does not fit the student.
+        InputError: `output` or its checkpoints exist (without `resume`), all checkpoints are
+            damaged, or the teacher is missing or does not fit the student.
         SaveError: A checkpoint could not be written.
+        TrainingError: A loss is NaN or infinite; the batch is beside the checkpoints.
     """
     output, options = Path(output), options or TrainingOptions()
     if stage.recipe is not None:
@@ -222,6 +252,9 @@ def run_stage(
         metric=data.metric,
         teacher=teacher if stage.recipe is not None else None,
         recipe=stage.recipe,
+        tokens_per_step=options.tokens_per_step,
+        schedule=options.schedule,
+        subnets_per_pass=options.subnets_per_pass,
         save_every=options.save_every,
         processing_class=data.tokenizer,
     )
@@ -229,6 +262,8 @@ def run_stage(
     trainer.remove_callback(PrinterCallback)
     report = _Progress(stage.name) if progress else _Log(stage.name)
     trainer.add_callback(report)
+    if trainer.is_world_process_zero():
+        print(f"{stage.name}: {_describe_memory(trainer)}", flush=True)
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:
@@ -238,12 +273,32 @@ def run_stage(
             run.rmdir()
     for wrapper in ("forward", "_original_forward"):  # accelerate's autocast: of training only
         model.__dict__.pop(wrapper, None)
-    if trainer.is_world_process_zero():
+
+    def save() -> None:
         with whole_folder(output) as aside:
             model.save_pretrained(aside)
             data.tokenizer.save_pretrained(aside)
         shutil.rmtree(run, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+
+    if trainer.is_world_process_zero():
+        trainer.together(output, save)
+    else:
+        trainer.together(output)
+
+
+def _describe_memory(trainer: ElasticTrainer) -> str:
+    """`12 sub-networks a step, at most 4096 tokens: 2.1 GB at its peak (weights and ...)`."""
+    memory, tokens = trainer.step_memory()
+    count = len(trainer.schedule.choose(trainer.subnets, trainer.args.seed, 0))
+    networks = f"{count} sub-networks" if count > 1 else "one network"
+    parts = f"weights and optimiser {memory.weights / 1e9:.2f}, activations "
+    parts += f"{(memory.activations + memory.backward) / 1e9:.2f}"
+    if memory.teacher:
+        parts += f", the teacher's hidden states {memory.teacher / 1e9:.2f}"
+    return (
+        f"{networks} a step, batches of at most {tokens} tokens: about {memory.total / 1e9:.2f} GB "
+        f"({parts})"
+    )
 
 
 def check_teacher(recipe: Distillation, student: DynaBertConfig, teacher: DynaBertConfig) -> None:
@@ -274,7 +329,28 @@ def _last_checkpoint(run: Path, resume: bool) -> Path | None:
         raise InputError(
             f"{run} holds an interrupted run; add --resume (resume=True) to go on, or delete it"
         )
-    return found[-1][1] if found else None
+    for _, folder in reversed(found):
+        damage = _find_damage(folder)
+        if damage is None:
+            return folder
+        _logger.warning("checkpoint %s is damaged (%s) and is not used", folder, damage)
+    if found:
+        raise InputError(
+            f"no checkpoint in {run} is whole (the last one tried: {damage}); restore one from a "
+            "backup, or delete the folder to train from the start"
+        )
+    return None
+
+
+def _find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or with the best one, which it needs in the end."""
+    damage = find_damage(checkpoint)
+    if damage:
+        return damage
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    best = checkpoint.with_name(f"checkpoint-{state['best_global_step']}")
+    damage = find_damage(best) if best != checkpoint and best.is_dir() else None
+    return f"its best checkpoint {best.name} is: {damage}" if damage else None
 
 
 class _Log(TrainerCallback):

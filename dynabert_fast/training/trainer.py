@@ -8,26 +8,40 @@ checkpoints that make an interrupted run end with the weights of an uninterrupte
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from dynabert_fast.data import Collator, EncodedDataset, LengthGroupedSampler
+from dynabert_fast.data import (
+    Collator,
+    EncodedDataset,
+    LengthGroupedSampler,
+    TokenBudgetSampler,
+)
+from dynabert_fast.errors import SaveError
 from dynabert_fast.evaluation.grid import make_batches, score_grid, total_score
-from dynabert_fast.files import whole_folder
+from dynabert_fast.files import is_write_failure, save_error, whole_folder, write_manifest
 from dynabert_fast.models import DynaBertForSequenceClassification
+from dynabert_fast.models.packed import PackedSequences
 from dynabert_fast.subnet import Subnet
-from dynabert_fast.training.losses import Distillation, distillation_loss, matched_layers
+from dynabert_fast.training.batches import PackingCollator, batch_shares
+from dynabert_fast.training.losses import Distillation, TreeDistillation
+from dynabert_fast.training.memory import StepMemory, reused_memory, step_memory
+from dynabert_fast.training.schedules import Schedule
+from dynabert_fast.training.watch import LossWatch, all_finite, bad_weights
+from dynabert_fast.tree import SubnetTree
 
 #: Name of the sum of the primary metric over the grid, which chooses the best checkpoint.
 GRID_SUM = "grid_sum"
@@ -52,6 +66,10 @@ class ElasticTrainer(Trainer):
         teacher: With `recipe`: the fixed model that the student learns from. Without, the student
             learns from labels.
         recipe: The distillation loss.
+        tokens_per_step: Real tokens of an optimiser step, as in `TrainingOptions`.
+        schedule: Which of `subnets` each step takes; default all.
+        subnets_per_pass: At most so many in one forward and backward pass; default all of a step's.
+            Fewer need less memory for activations and more time.
         save_every: Also save a checkpoint every so many steps (0: only after each epoch).
         **kwargs: Of `transformers.Trainer`.
     """
@@ -68,6 +86,9 @@ class ElasticTrainer(Trainer):
         eval_subnets: Sequence[Subnet] | None = None,
         teacher: DynaBertForSequenceClassification | None = None,
         recipe: Distillation | None = None,
+        tokens_per_step: int | None = None,
+        schedule: Schedule | None = None,
+        subnets_per_pass: int | None = None,
         save_every: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -90,19 +111,67 @@ class ElasticTrainer(Trainer):
         )
         self.subnets = tuple(subnets)
         self.eval_subnets = tuple(eval_subnets or subnets)
+        self.schedule = schedule or Schedule()
+        self.subnets_per_pass = subnets_per_pass
         self.metric = metric
         self.recipe = recipe
         self.teacher = teacher
         if teacher is not None:
             teacher.to(self.args.device).eval().requires_grad_(False)
+
+        @functools.lru_cache(maxsize=64)
+        def lesson(tree: SubnetTree) -> TreeDistillation:
+            assert recipe is not None
+            assert teacher is not None
+            return TreeDistillation(recipe, teacher.config, tree)
+
+        self._lesson = lesson
         self._eval_batches = make_batches(
             eval_dataset, data_collator, args.per_device_eval_batch_size
         )
-        size = args.train_batch_size * args.world_size
-        self._sampler = LengthGroupedSampler(train_dataset.lengths, size, args.seed)
+        lengths = train_dataset.lengths
+        self._sampler: LengthGroupedSampler | TokenBudgetSampler
+        if tokens_per_step is None:
+            size = args.train_batch_size * args.world_size
+            self._sampler = LengthGroupedSampler(lengths, size, args.seed)
+        else:
+            parts = args.world_size * args.gradient_accumulation_steps
+            self._sampler = TokenBudgetSampler(lengths, tokens_per_step, parts, args.seed)
         self.add_callback(_ChooseEpoch(self._sampler))
+        self._watch = LossWatch(self.accelerator, Path(args.output_dir))
+        self._saved_step = 0  # of the checkpoint before the next: saved here, or resumed from
+        self.add_callback(_Watching(self))
         if save_every:
             self.add_callback(_SaveEvery(save_every))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the Trainer's; on a CPU, freed memory is used again without asking the system."""
+        on_cpu = self.args.device.type == "cpu"
+        with reused_memory() if on_cpu else contextlib.nullcontext():
+            return super().train(*args, **kwargs)
+
+    def step_memory(self) -> tuple[StepMemory, int]:
+        """An estimate of a step's peak, and the tokens of the largest batch that it is for."""
+        lengths = sorted(self._sampler.lengths.tolist(), reverse=True)
+        tokens = sum(lengths[: self.args.train_batch_size])
+        if isinstance(self._sampler, TokenBudgetSampler):
+            tokens = max(sum(lengths[i] for i in batch) for batch in self._sampler)
+        passes = self._passes()
+        hidden = self.recipe is not None and self.recipe.hidden > 0
+        teachers = tuple(self._lesson(t).teachers for t in passes) if self.teacher else ()
+        model: Any = self.model
+        memory = step_memory(
+            model.config,
+            model.num_parameters(),
+            self.teacher.num_parameters() if self.teacher else 0,
+            passes,
+            teachers,
+            tokens,
+            half=self.args.bf16 or self.args.fp16,
+            hidden=hidden,
+            checkpointing=self.args.gradient_checkpointing,
+        )
+        return memory, tokens
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -112,55 +181,90 @@ class ElasticTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Forward and backward of every sub-network; gradients add up in the parameters.
+        """Forward and backward of the step's sub-networks; gradients add up in the parameters.
 
         Returns:
             The sum of the sub-networks' losses, detached.
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        teaching: dict[Subnet, tuple[Tensor, tuple[Tensor, ...]]] = {}
-        total = torch.zeros((), device=self.args.device)
-        for i, subnet in enumerate(self.subnets):
+        shape, mask = tuple(inputs["input_ids"].shape), inputs.get("attention_mask")
+        if not isinstance(mask, PackedSequences):  # another collator's
+            mask = PackedSequences.from_mask(shape, mask, self.args.device)
+            inputs = {**inputs, "attention_mask": mask}
+        shares = batch_shares(shape[0], mask.tokens, self.args.device)
+        teaching = _Teaching()
+        passes = self._passes()
+        of_passes: list[Tensor] = []
+        for tree in passes:
             # Processes exchange gradients once a step, in the last backward.
-            last = i == len(self.subnets) - 1
+            last = tree is passes[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    loss = self._subnet_loss(model, inputs, subnet, teaching)
-                    loss = loss / self.current_gradient_accumulation_steps
+                    losses = self._pass_loss(model, inputs, tree, teaching)
+                    # Means over examples, and over tokens, of the batch that all processes share.
+                    parts = [x * s.to(x.dtype) for x, s in zip(losses, shares, strict=True)]
+                    loss = sum(parts) / self.current_gradient_accumulation_steps
                 self.accelerator.backward(loss)
-            total += loss.detach()
-        return total
+            of_passes.append(loss.detach())
+        found = torch.stack(of_passes)
+        self._watch_loss(inputs, found)
+        return found.sum()
 
-    def _subnet_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        subnet: Subnet,
-        teaching: dict[Subnet, tuple[Tensor, tuple[Tensor, ...]]],
-    ) -> Tensor:
-        """Loss of one sub-network: from labels, or from its teacher (whose passes are kept)."""
+    def _passes(self) -> tuple[SubnetTree, ...]:
+        """The step's sub-networks; those that share most come together in one pass."""
+        subnets = self.schedule.choose(self.subnets, self.args.seed, self.state.global_step)
+        return _make_passes(subnets, self.subnets_per_pass or len(subnets))
+
+    def _pass_loss(
+        self, model: nn.Module, inputs: dict[str, Any], tree: SubnetTree, teaching: _Teaching
+    ) -> tuple[Tensor, Tensor]:
+        """The summed losses of a tree's sub-networks: means over examples, and over tokens.
+
+        They come from labels, or from the teacher's logits and hidden states.
+        """
         if self.recipe is None or self.teacher is None:
-            return model(**inputs, subnet=subnet).loss
+            loss = model(**inputs, subnet=tree).loss
+            return loss, torch.zeros_like(loss)
+        lesson = self._lesson(tree)
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        hidden = self.recipe.hidden > 0
-        of = self.recipe.teacher_subnet(self.teacher.config, subnet)
-        if of not in teaching:
+        arguments = {"output_hidden_states": self.recipe.hidden > 0, "unpack": False}
+        if lesson.teachers.subnets != teaching.subnets:
             with torch.no_grad(), self.accelerator.autocast():
-                output = self.teacher(
-                    **inputs, subnet=of, output_hidden_states=hidden, unpack=False
-                )
-            teaching[of] = (output.logits, output.hidden_states or ())
-        output = model(**inputs, subnet=subnet, output_hidden_states=hidden, unpack=False)
-        logits, states = teaching[of]
-        wanted = [states[i] for i in matched_layers(subnet, of)] if hidden else []
-        return distillation_loss(
-            self.recipe, output.logits, logits, output.hidden_states or (), wanted
+                teaching.output = self.teacher(**inputs, subnet=lesson.teachers, **arguments)
+            teaching.subnets = lesson.teachers.subnets
+        output = model(**inputs, subnet=tree, **arguments)
+        taught = teaching.output
+        return lesson(
+            output.logits, taught.logits, output.hidden_states or (), taught.hidden_states or ()
         )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        """Batches of like length, in an order that only (seed, epoch) decide."""
-        return self._sampler
+    def _watch_loss(self, inputs: dict[str, Any], loss: Tensor) -> None:
+        """Stop training, and save the batch, where a loss (one, or one a pass) is not finite."""
+        step = self.state.global_step + 1
+        self._watch.add(step, float(self.state.epoch or 0), inputs, loss)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of like length, or of like totals, in an order that only (seed, epoch) decide."""
+        batches: dict[str, Any] = {"batch_sampler": self._sampler}
+        if isinstance(self._sampler, LengthGroupedSampler):
+            batches = {
+                "sampler": self._sampler,
+                "batch_size": self.args.train_batch_size,
+                "drop_last": self.args.dataloader_drop_last,
+            }
+        else:  # whole steps: nothing to make up for, which accelerate does by counting examples
+            self.accelerator.even_batches = False
+        loader = DataLoader(
+            self.train_dataset,
+            **batches,
+            collate_fn=PackingCollator(self.data_collator),
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+        )
+        return self.accelerator.prepare(loader)
 
     # --- evaluation -------------------------------------------------------------------------------
 
@@ -197,25 +301,73 @@ class ElasticTrainer(Trainer):
     # --- checkpoints ------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint that is whole or absent, then delete what is neither best nor last."""
+        """Save a checkpoint that is whole or absent, then delete what nobody needs any more.
+
+        Raises:
+            TrainingError: The weights, or a loss that led to them, are not finite.
+            SaveError: The system refused a write, in every process where it does so in one.
+        """
+        self._watch.finish()
+        if self._anyone(not all_finite(self.model.parameters())):
+            raise bad_weights(self.state.global_step)
         run = Path(self.args.output_dir)
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.store_flos()
         self.state.best_model_checkpoint = self._best_checkpoint(run)
-        writer = whole_folder(folder) if self.args.should_save else _shared(folder)
-        with writer as aside:
-            self.accelerator.wait_for_everyone()  # the folder is there
-            self.save_model(str(aside), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(aside))
-            self._save_scaler(str(aside))
-            self._save_rng_state(str(aside))
+        aside = folder.with_name(f".{folder.name}.saving")  # which the main process makes
+        with contextlib.ExitStack() as writer:
             if self.args.should_save:
-                self._save_callbacks()
-                self.state.save_to_json(str(aside / "trainer_state.json"))
-            self.accelerator.wait_for_everyone()  # everyone has written
-        self.accelerator.wait_for_everyone()  # it has its name
+                self.together(folder, lambda: writer.enter_context(whole_folder(folder)))
+            else:
+                self.together(folder)
+            self.together(folder, lambda: self._write_checkpoint(aside))
+
+            def complete() -> None:
+                if self.args.should_save:
+                    write_manifest(aside)
+                writer.close()
+
+            self.together(folder, complete)  # everyone has written
         if self.args.should_save:
             self._delete_old_checkpoints(run, folder)
+        self._saved_step = self.state.global_step
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """What this process has to write."""
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.args.should_save:
+            self._save_callbacks()
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def together(self, target: Path, part: Callable[[], Any] = lambda: None) -> None:
+        """Do a part of a save, and wait until every process has done it.
+
+        Raises:
+            SaveError: The system refused a write, here or in another process: no process waits for
+                one that has stopped.
+        """
+        failure: Exception | None = None
+        try:
+            part()
+        except Exception as error:  # see `is_write_failure`
+            if not is_write_failure(error):
+                raise
+            failure = error
+        if self._anyone(failure is not None):
+            if isinstance(failure, SaveError):
+                raise failure
+            failure = failure or OSError("another process could not write")
+            raise save_error(target, failure) from failure
+
+    def _anyone(self, flag: bool) -> bool:
+        """Whether a flag is set in any process; all must ask."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        flags = torch.tensor([float(flag)], device=self.args.device)
+        return bool(self.accelerator.reduce(flags, reduction="sum") > 0)
 
     def _best_checkpoint(self, run: Path) -> str | None:
         """Folder of the best step so far: that of this save, or one that is there."""
@@ -232,10 +384,35 @@ class ElasticTrainer(Trainer):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
 
     def _delete_old_checkpoints(self, run: Path, newest: Path) -> None:
+        """Keep the best, the newest, and the one before in case the newest gets damaged."""
         keep = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
+        keep.add(f"{PREFIX_CHECKPOINT_DIR}-{self._saved_step}")
         for step, folder in checkpoints(run):
             if folder.name not in keep and step < self.state.global_step:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class _Teaching:
+    """What the teacher said in a step, and as which sub-networks."""
+
+    subnets: tuple[Subnet, ...] = ()
+    output: Any = None
+
+
+@functools.lru_cache(maxsize=64)
+def _make_passes(subnets: tuple[Subnet, ...], most: int) -> tuple[SubnetTree, ...]:
+    """Trees of at most so many sub-networks: neighbours have the longest common beginnings."""
+    order = sorted(
+        subnets,
+        key=lambda s: [
+            (layer, -heads, -neurons)
+            for layer, heads, neurons in zip(s.layers, s.heads, s.neurons, strict=True)
+        ],
+    )
+    if most >= len(subnets):
+        return (SubnetTree(subnets),)
+    return tuple(SubnetTree(order[i : i + most]) for i in range(0, len(order), most))
 
 
 class _ChooseEpoch(TrainerCallback):
@@ -244,13 +421,31 @@ class _ChooseEpoch(TrainerCallback):
     (Those of a loader that skips batches in several processes do not, in accelerate 1.15.)
     """
 
-    def __init__(self, sampler: LengthGroupedSampler) -> None:
+    def __init__(self, sampler: LengthGroupedSampler | TokenBudgetSampler) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
     ) -> None:
         self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class _Watching(TrainerCallback):
+    """Has all losses looked at before an evaluation, and knows where a run begins."""
+
+    def __init__(self, trainer: ElasticTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        self.trainer._watch.clear()
+        self.trainer._saved_step = state.global_step
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        self.trainer._watch.finish()
 
 
 class _SaveEvery(TrainerCallback):
@@ -264,12 +459,6 @@ class _SaveEvery(TrainerCallback):
         # earlier save of it would never evaluate that epoch, and could miss the best checkpoint.
         last = control.should_training_stop or float(state.epoch).is_integer()
         control.should_save |= state.global_step % self.steps == 0 and not last
-
-
-@contextlib.contextmanager
-def _shared(folder: Path) -> Any:
-    """The folder that the main process is filling, for the others to add to."""
-    yield folder.with_name(f".{folder.name}.saving")
 
 
 def checkpoints(run: str | Path) -> list[tuple[int, Path]]:

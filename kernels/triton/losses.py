@@ -1,7 +1,7 @@
 """The two losses of distillation, and their gradients; the incoming gradient stays on the device.
 
     soft_cross_entropy = -sum over b, c of softmax(teacher)[b, c] * log_softmax(student)[b, c] / B
-    hidden_mse = sum of (student - teacher)^2 / count
+    hidden_mse = sum over pairs of weight * sum of (student - teacher)^2 / count
 
 Sums are taken in a fixed order: one program adds all rows of the logits, which are few; those of
 hidden states are added by a number of programs that follows from the shape, and their partial sums
@@ -232,20 +232,22 @@ def _square_sums_backward(
     tl.store(out + row * columns + at, value.to(out.dtype.element_ty), mask=at < columns)
 
 
-def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """`mean((student - teacher)^2)` of two tensors of one shape, fp32, bf16 or fp16.
+def hidden_mse(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], weights: Sequence[float]
+) -> Tensor:
+    """Sum over pairs of `weight * mean((student - teacher)^2)`.
+
+    One launch for each pair, and one for their sum. One for all would need the tensors' addresses
+    in a table on the device, to be copied there by every call, or as arguments, whose number is
+    compiled in and changes with the depth.
+
+    Args:
+        students: Of any shape, fp32, bf16 or fp16.
+        teachers: One of each student's shape.
+        weights: One for each pair.
 
     Returns:
-        A float32 scalar; NaN where there are no values.
-    """
-    return hidden_mse_many([student], [teacher])
-
-
-def hidden_mse_many(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    """Sum of `hidden_mse` over pairs, a float32 scalar: one launch for each, and one for their sum.
-
-    One launch for all would need the tensors' addresses in a table on the device, to be copied
-    there by every call, or as arguments, whose number is compiled in and changes with the depth.
+        A float32 scalar; NaN where a pair has no values.
     """
     if not all(s.numel() for s in students):
         return _nan(students[0])
@@ -253,8 +255,8 @@ def hidden_mse_many(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> T
     # Few values need no more programs than there are tiles of the smallest size.
     programs = [min(_PROGRAMS, len(s) * triton.cdiv(s.shape[1], _SUM["BLOCK"])) for s, _ in pairs]
     partial = students[0].new_empty(sum(programs), dtype=torch.float32)
-    for (s, t), mine in zip(pairs, partial.split(programs), strict=True):
-        launch = _square_sums_launch(s, t, mine)
+    for (s, t), weight, mine in zip(pairs, weights, partial.split(programs), strict=True):
+        launch = _square_sums_launch(s, t, weight / s.numel(), mine)
         key = (type_name(s.dtype), bucket(s.numel()))
         launch(choose("hidden_mse", key, MSE_CONFIGS, launch))
     out = partial.new_empty(())
@@ -262,28 +264,35 @@ def hidden_mse_many(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> T
     return out
 
 
-def _square_sums_launch(s: Tensor, t: Tensor, partial: Tensor) -> Callable[[Config], None]:
+def _square_sums_launch(
+    s: Tensor, t: Tensor, scale: float, partial: Tensor
+) -> Callable[[Config], None]:
     def launch(config: Config) -> None:
         _square_sums[(len(partial),)](
-            s, t, partial, *s.shape, s.stride(0), t.stride(0), 1 / s.numel(), **config.arguments
+            s, t, partial, *s.shape, s.stride(0), t.stride(0), scale, **config.arguments
         )
 
     return launch
 
 
-def hidden_mse_backward(grad: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-    """Gradient of the student: `grad * 2 (student - teacher) / count`.
+def hidden_mse_backward(
+    grad: Tensor, students: Sequence[Tensor], teachers: Sequence[Tensor], weights: Sequence[float]
+) -> list[Tensor]:
+    """Gradients of the students: `grad * weight * 2 (student - teacher) / count`, a launch each."""
+    pairs = zip(students, teachers, weights, strict=True)
+    return [_hidden_gradient(grad, s, t, weight) for s, t, weight in pairs]
 
-    That of `hidden_mse_many` is this, pair by pair.
-    """
+
+def _hidden_gradient(grad: Tensor, student: Tensor, teacher: Tensor, weight: float) -> Tensor:
     out = student.new_empty(student.shape)
     if not out.numel():
         return out
     s, t = _rows(student, teacher)
+    scale = 2 * weight / s.numel()
 
     def launch(config: Config) -> None:
         _square_sums_backward[(len(s) * triton.cdiv(s.shape[1], config["BLOCK"]),)](
-            grad, s, t, out, s.shape[1], s.stride(0), t.stride(0), 2 / s.numel(), **config.arguments
+            grad, s, t, out, s.shape[1], s.stride(0), t.stride(0), scale, **config.arguments
         )
 
     key = (type_name(s.dtype), bucket(s.numel()))

@@ -96,6 +96,7 @@ def test_every_option_reaches_the_trainer():
         "epochs": 4.0,
         "max_steps": 7,
         "batch_size": 3,
+        "tokens_per_step": None,
         "learning_rate": 0.1,
         "warmup": 0.2,
         "weight_decay": 0.3,
@@ -106,6 +107,15 @@ def test_every_option_reaches_the_trainer():
         "save_every": 8,
         "seed": 9,
     }
+
+
+def test_a_step_is_of_examples_or_of_tokens(capsys):
+    options = shared.training_options(parse("--tokens-per-step", "4096"))
+    assert (options.tokens_per_step, options.batch_size) == (4096, 32)
+    with pytest.raises(SystemExit) as error:  # the default too, given by hand
+        parse("--tokens-per-step", "4096", "--batch-size", "32")
+    assert error.value.code == 2
+    assert "--batch-size: not allowed with argument --tokens-per-step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", shared.STAGES)

@@ -13,7 +13,7 @@ import pytest
 from dynabert_fast import __version__
 from dynabert_fast.cli import info
 from dynabert_fast.cli.main import build_parser
-from dynabert_fast.errors import InputError, SaveError
+from dynabert_fast.errors import InputError, SaveError, TrainingError
 
 COMMANDS = (
     "quickstart fit finetune rewire train-width train-depth train-final evaluate export pack "
@@ -90,9 +90,10 @@ def test_bad_usage_is_one_line(refused, argv, message):
     [
         (InputError("width is wrong\nand so on"), 2, "width is wrong and so on"),
         (SaveError("could not save x"), 1, "could not save x"),
+        (TrainingError("the loss is nan"), 1, "the loss is nan"),
         (OSError(28, "No space left on device", "x"), 1, "No space left on device: 'x'"),
     ],
-    ids=["bad input", "not saved", "operating system"],
+    ids=["bad input", "not saved", "no number", "operating system"],
 )
 def test_an_error_is_one_line_and_an_exit_code(cli, monkeypatch, raised, code, message):
     def run(args):

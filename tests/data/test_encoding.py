@@ -6,11 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from torch.utils.data import DataLoader
 from transformers import BertTokenizerFast, PreTrainedTokenizerBase
 
 from dynabert_fast.data import encoding
-from dynabert_fast.data.encoding import Collator, EncodedDataset, LengthGroupedSampler
+from dynabert_fast.data.encoding import (
+    Collator,
+    EncodedDataset,
+    LengthGroupedSampler,
+    TokenBudgetSampler,
+)
 from dynabert_fast.data.loading import Examples
 from dynabert_fast.errors import InputError
 
@@ -218,3 +224,148 @@ def test_sampler_in_a_loader(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_bad_sampler_arguments(batch_size: int, seed: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         LengthGroupedSampler([1, 2], batch_size, seed)
+
+
+# The sampler of token budgets. Lengths and budgets: the usual, the tightest, the unequal.
+
+
+def budgets() -> dict[str, tuple[list[int], int, int]]:
+    usual = lengths(1000)
+    unequal = [1] * 500 + [100] * 3 + [7] * 40
+    return {
+        "one batch a step": (usual, 2048, 1),
+        "eight": (usual, 2048, 8),
+        "one step": (usual, 10**6, 3),
+        "least": ([10] * 40, 9 + 20, 2),
+        "least, remainder": ([10] * 41, 9 + 21, 2),
+        "few of unequal length": (unequal, 800, 8),
+        "budget of the longest": (unequal, 102, 1),
+        "as many examples as batches": ([3, 1, 2, 9], 36, 4),
+        "one token each": ([1] * 30, 8, 7),
+    }
+
+
+def steps_of(sampler: TokenBudgetSampler) -> list[list[list[int]]]:
+    batches = list(sampler)
+    return [batches[i : i + sampler.parts] for i in range(0, len(batches), sampler.parts)]
+
+
+@pytest.mark.parametrize("name", budgets())
+def test_steps_are_whole_and_within_the_budget(name: str) -> None:
+    of, tokens, parts = budgets()[name]
+    sampler = TokenBudgetSampler(of, tokens, parts, seed=3)
+    assert len(sampler) == sampler.steps * parts
+    for epoch in range(50):
+        sampler.set_epoch(epoch)
+        steps = steps_of(sampler)
+        assert len(steps) == sampler.steps
+        assert sorted(i for step in steps for batch in step for i in batch) == list(range(len(of)))
+        for step in steps:
+            loads = [sum(of[i] for i in batch) for batch in step]
+            assert len(loads) == parts
+            assert sum(loads) <= tokens
+            assert all(step)
+            # Dealt out: nobody has more than another by more than one example.
+            assert max(loads) - min(loads) <= max(of[i] for batch in step for i in batch)
+
+
+def test_steps_are_nearly_full() -> None:
+    of = lengths(5000)
+    sampler = TokenBudgetSampler(of, 4096)
+    loads = [sum(of[i] for i in batch) for batch in sampler]
+    assert min(loads) > 4096 - 3 * 127
+    assert sum(loads) / len(loads) > 0.95 * 4096
+
+
+def test_examples_of_a_step_do_not_depend_on_its_batches() -> None:
+    def steps(parts: int) -> list[list[int]]:
+        sampler = TokenBudgetSampler(lengths(300), 1500, parts, seed=2)
+        sampler.set_epoch(4)
+        return [sorted(i for batch in step for i in batch) for step in steps_of(sampler)]
+
+    assert steps(1) == steps(2) == steps(6)
+
+
+def test_lengths_of_a_batch_are_random() -> None:
+    """In each batch some of the shortest and of the longest: it says nothing about one length."""
+    of = lengths(3000)
+    for batch in TokenBudgetSampler(of, 8192, 2):
+        own = [of[i] for i in batch]
+        assert min(own) < 32
+        assert max(own) > 96
+
+
+def test_batches_depend_on_seed_and_epoch_only() -> None:
+    def batches(seed: int, epoch: int) -> list[list[int]]:
+        sampler = TokenBudgetSampler(lengths(100), 600, 2, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    found = {(seed, epoch): batches(seed, epoch) for seed in range(3) for epoch in range(3)}
+    assert len({str(value) for value in found.values()}) == 9
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    for (seed, epoch), value in found.items():
+        assert batches(seed, epoch) == value
+    assert torch.equal(torch.rand(1), expected)  # the global generator was left alone
+
+
+def test_first_batches_are_fixed_for_ever() -> None:
+    """A run that is resumed with a later version must go on with the same batches."""
+    sampler = TokenBudgetSampler([3, 1, 2, 9, 8, 7, 5, 4], 30, 2, seed=0)
+    assert list(sampler) == [[3, 2], [4, 6], [5, 1], [7, 0]]
+
+
+@pytest.mark.parametrize("parts", [2, 6], ids=["plain", "accumulation"])
+def test_two_processes_share_every_step(parts: int) -> None:
+    """As accelerate deals batches to processes, with its way of skipping those done before."""
+    sampler = TokenBudgetSampler(lengths(300), 3000, parts)
+    whole = steps_of(sampler)
+    own = [BatchSamplerShard(sampler, 2, rank, even_batches=False) for rank in (0, 1)]
+    assert len(own[0]) == len(own[1]) == len(sampler) // 2
+    for i, step in enumerate(whole):
+        done = i * parts // 2
+        rest = [list(SkipBatchSampler(shard, done)) for shard in own]
+        assert [len(batches) for batches in rest] == [len(own[0]) - done] * 2
+        mine = [batch for batches in rest for batch in batches[: parts // 2]]
+        assert sorted(mine) == sorted(step)
+
+
+def test_budget_in_a_loader(tokenizer: PreTrainedTokenizerBase) -> None:
+    dataset = EncodedDataset(examples(pairs=True), tokenizer)
+    sampler = TokenBudgetSampler(dataset.lengths, 40)
+    batches = list(DataLoader(dataset, batch_sampler=sampler, collate_fn=Collator(0)))
+    assert len(batches) == len(sampler) > 1
+    assert sum(int(batch["attention_mask"].sum()) for batch in batches) == sum(dataset.lengths)
+    assert all(int(batch["attention_mask"].sum()) <= 40 for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("of", "tokens", "parts", "least"),
+    [
+        ([10] * 40, 28, 2, 29),
+        ([10] * 41, 29, 2, 30),
+        ([1] * 99 + [50], 99, 2, 100),
+        ([20] * 8, 159, 8, 179),
+    ],
+    ids=["mean", "remainder", "longest", "one step"],
+)
+def test_budgets_too_small(of: list[int], tokens: int, parts: int, least: int) -> None:
+    with pytest.raises(InputError, match=f"tokens_per_step must be at least {least}, so .*{parts}"):
+        TokenBudgetSampler(of, tokens, parts)
+    TokenBudgetSampler(of, least, parts)
+
+
+@pytest.mark.parametrize(
+    ("of", "parts", "seed", "message"),
+    [
+        ([1, 2], 3, 0, "a step has 3 batches .* the training data 2 examples"),
+        ([], 1, 0, "a step has 1 batches .* the training data 0 examples"),
+        ([1, 2], 0, 0, "parts must be at least 1, got 0"),
+        ([1, 2], 1, -1, "seed must be at least 0, got -1"),
+    ],
+)
+def test_bad_budget_arguments(of: list[int], parts: int, seed: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TokenBudgetSampler(of, 100, parts, seed)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dynabert_fast import ops
 from dynabert_fast.kernels import importance
 from dynabert_fast.kernels.common import Config
 from dynabert_fast.kernels.importance import add_importance
+from dynabert_fast.ops import registry
 from dynabert_fast.rewiring import _add_importance, _watched
 
 SHIPPED = importance.CONFIGS, importance._COLUMNS
@@ -85,7 +88,7 @@ def test_strided_views(dtype):
     assert torch.equal(got, want)
 
 
-def test_rewiring_adds_the_same():
+def test_rewiring_adds_the_same(monkeypatch):
     heads, size, neurons, hidden = 3, 5, 11, 13
     shapes = {"out": (heads * size, hidden), "up": (neurons, hidden), "down": (neurons, hidden)}
     weights = {name: noise(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
@@ -94,14 +97,21 @@ def test_rewiring_adds_the_same():
         attention=SimpleNamespace(out=SimpleNamespace(weight_t=weights["out"])),
         ffn=SimpleNamespace(up=up, down=SimpleNamespace(weight_t=weights["down"])),
     )
-    watched = _watched(layer)
-    gradients = [noise(4 + i, *p.shape) for i, p in enumerate(watched)]
-    want = [torch.ones(heads), torch.ones(neurons)]
+    gradients = [noise(4 + i, *p.shape) for i, p in enumerate(_watched(layer))]
+    want, got = ([torch.ones(heads), torch.ones(neurons)] for _ in range(2))
     _add_importance([layer], gradients, want[:1], want[1:])
-    out, up_weight, up_bias, down = zip(watched, gradients, strict=True)
-    got = [torch.ones(heads), torch.ones(neurons)]
-    add_importance(got[0], *out)
-    add_importance(got[1], *up_weight, *up_bias)
-    add_importance(got[1], *down)
+
+    calls = []
+    triton = ops.backends()["triton"]
+    add = triton.kernels["add_importance"]
+    counted = {"add_importance": lambda *tensors: calls.append(len(tensors)) or add(*tensors)}
+    on_the_cpu = replace(triton, kernels=counted, devices=("cpu",), supports=lambda *_: None)
+    monkeypatch.setitem(registry._backends, "triton", on_the_cpu)
+    _add_importance([layer], gradients, got[:1], got[1:])
+    assert calls == [3, 5, 3]
     for g, w in zip(got, want, strict=True):
         close(g, w)
+
+    with ops.use_backend("reference"):
+        _add_importance([layer], gradients, got[:1], got[1:])
+    assert calls == [3, 5, 3]

@@ -158,12 +158,23 @@ def test_large_logits_do_not_overflow():
     assert student.grad.isfinite().all()
 
 
+def kernels(name):
+    """Forward and backward of one pair of tensors."""
+    forward, backward = (getattr(losses, n) for n in (name, f"{name}_backward"))
+    if name == "soft_cross_entropy":
+        return forward, backward
+    return (
+        lambda s, t: forward([s], [t], [1.0]),
+        lambda grad, s, t: backward(grad, [s], [t], [1.0])[0],
+    )
+
+
 @pytest.mark.parametrize("kernel", ["soft_cross_entropy", "hidden_mse"])
 def test_no_rows(kernel, dtype):
     nothing = torch.zeros(0, 3, dtype=dtype)
-    assert getattr(losses, kernel)(nothing, nothing).isnan()
-    grad = getattr(losses, f"{kernel}_backward")(torch.tensor(1.0), nothing, nothing)
-    assert grad.shape == (0, 3)
+    forward, backward = kernels(kernel)
+    assert forward(nothing, nothing).isnan()
+    assert backward(torch.tensor(1.0), nothing, nothing).shape == (0, 3)
 
 
 def between_nans(t):
@@ -184,33 +195,44 @@ def test_strided_views(randn, dtype, kernel, which, form):
         teacher if which == "student" else form(teacher),
     )
     grad = torch.tensor(1.7)
-    got = getattr(losses, f"{kernel}_backward")(grad, *pair)
-    assert torch.equal(got, getattr(losses, f"{kernel}_backward")(grad, student, teacher))
+    forward, backward = kernels(kernel)
+    assert torch.equal(backward(grad, *pair), backward(grad, student, teacher))
     # Another shape of the same values may be added in another order.
-    loss, want = (getattr(losses, kernel)(*p) for p in (pair, (student, teacher)))
+    loss, want = forward(*pair), forward(student, teacher)
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
 
 
-def test_sum_of_many_pairs(randn, dtype):
-    students, teachers = (
-        [randn(*shape).to(dtype) for shape in [(7, 13), (3, 5), (71, 2)]] for _ in range(2)
-    )
-    students[1] = between_nans(students[1])
-    loss = losses.hidden_mse_many(students, teachers)
-    want = sum(F.mse_loss(s.double(), t.double()) for s, t in zip(students, teachers, strict=True))
-    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("weights", [None, [0.5, -3.0, 1.75]], ids=["no weights", "weights"])
+def test_many_pairs(judge, randn, weights):
+    """Also where rows lie apart, and where a teacher is of another type."""
+    shapes = [(7, 13), (3, 5), (71, 2)]
+    teachers = [randn(*shape).bfloat16() for shape in shapes]
+
+    def ours(first, *students):
+        targets = [teachers[0], teachers[1].to(first.dtype), between_nans(teachers[2])]
+        return ops.hidden_mse([between_nans(first), *students], targets, weights)
+
+    def plain(*students):
+        pairs = zip(students, teachers, weights or [1] * 3, strict=True)
+        return sum(w * F.mse_loss(s.to(wide(s)), t.to(s.dtype).to(wide(s))) for s, t, w in pairs)
+
+    judge(ours, plain, [randn(*shape) for shape in shapes])
 
 
 def test_nothing_among_many_pairs_is_nan():
     pairs = [torch.ones(2, 3), torch.ones(0, 3)]
-    assert losses.hidden_mse_many(pairs, pairs).isnan()
+    assert losses.hidden_mse(pairs, pairs, [1.0, 1.0]).isnan()
+    one, none = losses.hidden_mse_backward(torch.tensor(1.0), pairs, pairs, [1.0, 1.0])
+    assert one.shape == (2, 3)
+    assert none.shape == (0, 3)
 
 
 @pytest.mark.parametrize("kernel", ["soft_cross_entropy", "hidden_mse"])
 def test_counts_of_bytes_are_those_of_the_tensors(randn, dtype, kernel):
     pair = [randn(7, 3).to(dtype) for _ in range(2)]
-    loss = getattr(losses, kernel)(*pair)
-    grad = getattr(losses, f"{kernel}_backward")(loss, *pair)
+    forward, backward = kernels(kernel)
+    loss = forward(*pair)
+    grad = backward(loss, *pair)
     read = sum(t.nbytes for t in pair)
     assert losses.bytes_and_flops(kernel, 21, dtype.itemsize)[0] == read + loss.nbytes
     backward = losses.bytes_and_flops(f"{kernel}_backward", 21, dtype.itemsize)[0]

@@ -7,8 +7,10 @@ import gc
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
+from dynabert_fast import ops
 from dynabert_fast.errors import InputError
 from dynabert_fast.models import DynaBertConfig, PackedSequences
 from dynabert_fast.models.conversion import from_huggingface, to_huggingface
@@ -16,6 +18,15 @@ from dynabert_fast.subnet import Subnet, grid
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 PADDINGS = ("none", "right", "left", "holes")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    return request.param
+
+
+def on(device, batch):
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def ours_from(hf, make_model, base=False):
@@ -363,11 +374,12 @@ def test_gradients_of_unused_heads_neurons_and_layers_are_exactly_zero(
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated:FutureWarning")
-def test_gradient_checkpointing_gives_the_same_gradients(make_model, make_batch):
-    batch = make_batch(labels=True)
+def test_gradient_checkpointing_gives_the_same_gradients(make_model, make_batch, device):
+    batch = on(device, make_batch(labels=True))
 
     def grads(checkpointing):
-        model = make_model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2).train()
+        model = make_model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+        model = model.to(device).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         torch.manual_seed(0)
@@ -468,10 +480,10 @@ def test_layers_draw_different_masks(make_model, make_batch):
 # --- types and compilation ------------------------------------------------------------------------
 
 
-def test_autocast(make_model, make_batch, subnet_of):
-    model, batch = make_model(), make_batch(labels=True)
+def test_autocast(make_model, make_batch, subnet_of, device):
+    model, batch = make_model().to(device), on(device, make_batch(labels=True))
     subnet = subnet_of(model.config)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         out = model(**batch, subnet=subnet, output_hidden_states=True)
     assert {h.dtype for h in out.hidden_states} == {torch.float32}
     want = model(**batch, subnet=subnet, output_hidden_states=True)
@@ -481,6 +493,32 @@ def test_autocast(make_model, make_batch, subnet_of):
     used = [p for p in model.parameters() if p.grad is not None]
     assert {p.grad.dtype for p in used} == {torch.float32}
     assert all(p.grad.isfinite().all() for p in used)
+
+
+def test_a_training_step_under_autocast_is_as_exact_as_plain_torchs(
+    make_model, make_batch, subnet_of, device
+):
+    model, batch = make_model().to(device), on(device, make_batch(labels=True))
+    subnet = subnet_of(model.config)
+
+    def step(model):
+        """The loss and all gradients."""
+        model.zero_grad()
+        loss = model(**batch, subnet=subnet).loss
+        loss.backward()
+        grads = (p.grad for p in model.parameters() if p.grad is not None)
+        return torch.cat([loss.detach().reshape(1), *(g.flatten() for g in grads)])
+
+    truth = step(copy.deepcopy(model).double())
+    with torch.autocast(device, torch.bfloat16):
+        with ops.use_backend("reference"):
+            plain = step(model)
+        ours = step(model)
+        if device == "cuda":  # nothing falls back unseen
+            with ops.use_backend("triton"):
+                assert torch.equal(step(model), ours)
+    error, allowed = ((x.double() - truth).norm() / truth.norm() for x in (ours, plain))
+    assert 0 < error <= 2 * allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -497,12 +535,17 @@ def test_half_precision_weights(make_model, make_batch, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True], ids=["one graph", "with a mask"])
-def test_compiled_model_equals_eager(make_model, make_batch, masked):
+@pytest.mark.parametrize(
+    ("device", "compiler"),
+    [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)],
+)
+def test_compiled_model_equals_eager(make_model, make_batch, masked, device, compiler):
     torch.compiler.reset()
-    model, batch = make_model(), make_batch(padding="right" if masked else "none", labels=True)
+    model = make_model().to(device)
+    batch = on(device, make_batch(padding="right" if masked else "none", labels=True))
     if not masked:
         del batch["attention_mask"]
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=not masked)
+    compiled = torch.compile(model, backend=compiler, fullgraph=not masked)
     for width in (1.0, 0.5, 0.25):
         subnet = Subnet.from_multipliers(model.config, width, 0.75)
         outputs = []
@@ -513,6 +556,25 @@ def test_compiled_model_equals_eager(make_model, make_batch, masked):
             outputs.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
         for got, want in zip(*outputs, strict=True):
             torch.testing.assert_close(got, want)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_has_one_graph_for_each_sub_network(make_model, make_batch, device):
+    torch.compiler.reset()
+    counters.clear()
+    # The first call with labels would set it, and so compile again.
+    model = make_model(problem_type="single_label_classification").to(device)
+    batch = on(device, make_batch(padding="none", labels=True))
+    del batch["attention_mask"]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    choices = [(1.0, 1.0), (0.5, 1.0), (0.75, 0.5), (0.25, 0.75)]
+    subnets = [Subnet.from_multipliers(model.config, *chosen) for chosen in choices]
+    first = [compiled(**batch, subnet=subnet).loss for subnet in subnets]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        again = [compiled(**batch, subnet=subnet).loss for subnet in reversed(subnets)]
+        sum(again).backward()
+    assert torch.equal(torch.stack(first), torch.stack(again[::-1]))
+    assert counters["stats"]["unique_graphs"] == len(subnets)
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -91,6 +91,14 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Callable[..., Tensor]]] = {
         lambda d, s: ops.soft_cross_entropy(s, torch.linspace(-2, 2, 65).view(13, 5).to(s)),
     ),
     "hidden_mse": ([(T, D)], lambda d, s: ops.hidden_mse(s, s.detach().flip(0))),
+    "hidden_mse of many pairs": (
+        [(T, D), (13, 5), (T, D)],
+        lambda d, *s: ops.hidden_mse(
+            [s[0][:, :-1], *s[1:]],
+            [s[0].detach().flip(0)[:, :-1], s[1].detach().float() + 1, s[2].detach().flip(1)],
+            [1.0, 0.25, 3.0],
+        ),
+    ),
 }
 
 

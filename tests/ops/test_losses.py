@@ -37,6 +37,81 @@ def test_hidden_mse_agrees_with_torch(judge, randn, shape):
     judge(lambda s: ops.hidden_mse(s, teacher.to(s.dtype)), plain, [randn(*shape)])
 
 
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request, dtype):
+    cpp = ops.backends()["cpp"]
+    if request.param == "cpp" and cpp.reason_against("hidden_mse", torch.device("cpu"), dtype):
+        pytest.skip("cpp does not serve this type here")
+    with ops.use_backend(request.param):
+        yield
+
+
+def _rows_apart(t):
+    """The values between others: a view whose rows do not follow one another."""
+    wide = torch.full((t.shape[0] + 2, t.shape[1] + 3), math.nan, dtype=t.dtype)
+    wide[1:-1, 2:-1] = t
+    return wide[1:-1, 2:-1]
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, -3, 1.75, 0.0]], ids=["no weights", "weights"])
+@pytest.mark.usefixtures("backend")
+def test_many_pairs_agree_with_the_sum_of_single_ones(judge, randn, weights):
+    shapes = [(7, 13), (1, 2), (71, 3), (2, 3, 5)]
+    teachers = [randn(*shape) for shape in shapes]
+
+    def ours(*students):
+        students = [_rows_apart(students[0]), students[1], students[2].t(), students[3]]
+        targets = [t.to(students[0].dtype) for t in teachers]
+        targets = [targets[0], _rows_apart(targets[1]), targets[2].t(), targets[3]]
+        return ops.hidden_mse(students, targets, weights)
+
+    def plain(*students):
+        wide = _loss_type(students[0])
+        pairs = zip(students, teachers, weights or [1] * 4, strict=True)
+        return sum(
+            w * F.mse_loss(s.to(wide), t.to(students[0].dtype).to(wide)) for s, t, w in pairs
+        )
+
+    judge(ours, plain, [randn(*shape) for shape in shapes])
+
+
+@pytest.mark.parametrize("teachers", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("backend")
+def test_a_pair_of_two_types_counts_in_the_wider_one(randn, dtype, teachers):
+    student, teacher = randn(7, 13).to(dtype).requires_grad_(), randn(7, 13).to(teachers)
+    loss = ops.hidden_mse([student, student], [student.detach(), teacher], [1.0, 2.5])
+    wide = student.detach().double().requires_grad_()
+    want = 2.5 * F.mse_loss(wide, teacher.double())
+    (grad,), (truth,) = torch.autograd.grad(loss, student), torch.autograd.grad(want, wide)
+    assert grad.dtype == dtype
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    rtol = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(grad.double(), truth, rtol=rtol, atol=rtol * truth.abs().max())
+
+
+@pytest.mark.parametrize("op", [ops.soft_cross_entropy, ops.hidden_mse])
+@pytest.mark.parametrize("dtype", [torch.float16], indirect=True, ids=str)
+def test_a_gradient_wider_than_its_tensors_is_computed_in_theirs(judge, randn, op):
+    """The backward kernel is chosen by the tensors: another type's would read beyond their end."""
+    teacher = randn(7, 13)
+
+    def on_reference(student):
+        with ops.use_backend("reference"):
+            return op(student, teacher.to(student.dtype))
+
+    judge(lambda s: op(s, teacher.to(s.dtype)), on_reference, [randn(7, 13)])
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_pair_of_nothing_is_nan_and_has_no_gradient(randn, dtype):
+    nothing, some = (torch.empty(n, 3, dtype=dtype, requires_grad=True) for n in (0, 2))
+    assert ops.hidden_mse(nothing, nothing.detach()).isnan()
+    loss = ops.hidden_mse([some, nothing], [randn(2, 3).to(dtype), nothing.detach()])
+    assert loss.isnan()
+    loss.backward()
+    assert nothing.grad.shape == (0, 3)
+
+
 def _loss_type(x):
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -46,6 +121,21 @@ def test_gradcheck(randn, op):
     student, teacher = randn(5, 3).requires_grad_(), randn(5, 3)
     assert torch.autograd.gradcheck(lambda s: op(s, teacher), [student])
     assert torch.autograd.gradcheck(lambda s: 2.5 * op(s, teacher), [student])
+
+
+def test_gradcheck_of_many_pairs(randn):
+    students = [randn(5, 3).requires_grad_(), randn(2), randn(2, 2).requires_grad_()]
+    teachers = [torch.randn_like(s) for s in students]
+    assert torch.autograd.gradcheck(
+        lambda *s: ops.hidden_mse(s, teachers, [0.5, 2.0, -1.0]), students
+    )
+
+
+def test_a_tensor_in_several_pairs_gets_all_their_gradients(randn):
+    student, first, second = randn(5, 3).requires_grad_(), randn(5, 3), randn(5, 3)
+    ops.hidden_mse([student, student], [first, second], [1.0, 2.0]).backward()
+    want = 2 / 15 * ((student - first) + 2 * (student - second))
+    torch.testing.assert_close(student.grad, want.detach())
 
 
 @pytest.mark.parametrize("op", [ops.soft_cross_entropy, ops.hidden_mse])
@@ -90,3 +180,24 @@ def test_large_logits_do_not_overflow():
 def test_bad_input(op):
     with pytest.raises(InputError, match=r"of one shape, got \[5, 3\] and \[5, 2\]"):
         op(torch.zeros(5, 3), torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("students", "teachers", "weights", "message"),
+    [
+        ([], [], None, "got 0, 0 and 0"),
+        ([(5, 3)], [], None, "got 1, 0 and 1"),
+        ([(5, 3), (5, 3)], [(5, 3), (5, 3)], [1.0], "got 2, 2 and 1"),
+        ([(5, 3), (5, 3)], [(5, 3), (5, 2)], None, r"one shape, got \[5, 3\] and \[5, 2\]"),
+    ],
+)
+def test_bad_pairs(students, teachers, weights, message):
+    pairs = ([torch.zeros(shape) for shape in shapes] for shapes in (students, teachers))
+    with pytest.raises(InputError, match=message):
+        ops.hidden_mse(*pairs, weights)
+
+
+def test_students_of_two_types_are_refused():
+    students = [torch.zeros(5, 3), torch.zeros(5, 3, dtype=torch.bfloat16)]
+    with pytest.raises(InputError, match="one type, got float32, bfloat16; cast them"):
+        ops.hidden_mse(students, students)

@@ -48,7 +48,15 @@ CASES = {
         [(5, D), (2, D), (7, D), (D,), (D,)],
     ),
     "soft_cross_entropy": (lambda s: ops.soft_cross_entropy(s, TEACHER), [(9, 3)]),
+    "soft_cross_entropy of a view": (
+        lambda s: ops.soft_cross_entropy(s.t(), TEACHER),
+        [(3, 9)],
+    ),
     "hidden_mse": (lambda s: ops.hidden_mse(s, TEACHER), [(9, 3)]),
+    "hidden_mse of many pairs": (
+        lambda s, t: ops.hidden_mse([s, t.t()], [TEACHER, TEACHER[:4]], [0.5, -2.0]),
+        [(9, 3), (3, 4)],
+    ),
 }
 
 

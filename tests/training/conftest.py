@@ -144,6 +144,7 @@ def make_trainer(make_student, make_data, tmp_path) -> Callable[..., ElasticTrai
             metric=data.metric,
             teacher=make_student(kind, **{**fields, "seed": 1}) if distils else None,
             recipe=chosen.recipe,
+            tokens_per_step=options.tokens_per_step,
             save_every=options.save_every,
             processing_class=data.tokenizer,
         )

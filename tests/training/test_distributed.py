@@ -1,4 +1,4 @@
-"""Two processes with half a batch each end with the weights of one process with whole batches."""
+"""Two processes with parts of a batch each end with the weights of one with whole batches."""
 
 from __future__ import annotations
 
@@ -18,19 +18,23 @@ from dynabert_fast.data import load_files
 from dynabert_fast.training import ElasticTrainer, TrainingOptions, run_stage, stages
 from dynabert_fast.training.pipeline import load_model, load_tokenizer, stage_data
 
-# 24 texts of one length, so that a mean over processes is a mean over tokens, and 8 a step in all
-# processes: three steps an epoch. Float64, so that rounding is not what is compared.
+# 24 texts, 8 a step in all processes: three steps an epoch. In "tokens" they have 2 to 9 words, and
+# a step as many as fit: processes have unequal numbers of examples and of tokens. Float64, so that
+# rounding is not what is compared.
 OPTIONS = {"epochs": 2.0, "learning_rate": 1e-3, "save_every": 2}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulation": {"gradient_accumulation": 2},
+    "tokens": {"tokens_per_step": 64, "texts": "unequal"},
     "dropout": {"seed": 1},  # resumed, below
 }
 
 
-def train(folder: Path, output: Path, dropout: bool = False, **changes: Any) -> None:
+def train(
+    folder: Path, output: Path, dropout: bool = False, texts: str = "train", **changes: Any
+) -> None:
     data = load_files(
-        folder / "train.csv", folder / "dev.csv", text_column="text", label_column="label"
+        folder / f"{texts}.csv", folder / "dev.csv", text_column="text", label_column="label"
     )
     student, teacher = (load_model(folder / name).double() for name in ("student", "teacher"))
     if not dropout:
@@ -81,7 +85,7 @@ def work(folder: Path) -> None:
     """What each of the two processes does."""
     torch.set_num_threads(1)
     seen = {}
-    for name in ("plain", "accumulation"):
+    for name in ("plain", "accumulation", "tokens"):
         with Observed() as seen[name]:
             train(folder, folder / name, batch_size=4, **SCENARIOS[name])
     # Interrupted in the second epoch, after a step of it, and resumed.
@@ -110,7 +114,8 @@ def folder(tmp_path_factory, make_task, make_student, tokenizer):
     for name, seed in (("student", 0), ("teacher", 1)):
         make_student("binary", seed=seed).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    for name, part in (("train", task.train), ("dev", task.dev)):
+    unequal = make_task("binary", train=24, dev=1)
+    for name, part in (("train", task.train), ("dev", task.dev), ("unequal", unequal.train)):
         lines = [f"{text},{label}" for text, label in zip(part.texts, part.labels, strict=True)]
         (folder / f"{name}.csv").write_text("\n".join(["text,label", *lines]))
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
@@ -132,7 +137,7 @@ def seen(folder):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", ["plain", "accumulation"])
+@pytest.mark.parametrize("name", ["plain", "accumulation", "tokens"])
 def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path, name):
     train(folder, tmp_path / "one", batch_size=8, **SCENARIOS[name])
     one, two, start = (
@@ -153,6 +158,17 @@ def test_gradients_are_exchanged_once_a_step(seen):
         assert process["plain"][1] == ([False] * 3 + [True]) * 6
         # The epoch's third batch makes a step of its own.
         assert process["accumulation"][1] == ([False] * 7 + [True] + [False] * 3 + [True]) * 2
+
+
+def test_processes_have_unequal_parts_of_a_step_of_tokens(seen):
+    texts = [process["tokens"][0] for process in seen]
+    assert len(texts[0]) == len(texts[1]) > 4
+    assert len(texts[0]) % 2 == 0  # epochs of whole steps
+    counts = [[len(step) for step in process] for process in texts]
+    assert any(a != b for a, b in zip(*counts, strict=True))
+    tokens = [[sum(t != 0 for row in step for t in row) for step in p] for p in texts]
+    assert any(a != b for a, b in zip(*tokens, strict=True))
+    assert all(a + b <= 64 for a, b in zip(*tokens, strict=True))
 
 
 def test_each_text_goes_to_one_process(seen):

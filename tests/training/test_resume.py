@@ -21,14 +21,17 @@ from dynabert_fast.data import load_files
 from dynabert_fast.training import TrainingOptions, run_stage, stages, trainer
 from dynabert_fast.training.pipeline import load_model, load_tokenizer, stage_data
 
-# 24 texts in batches of 4: steps 1 to 6 and 7 to 12. Checkpoints after 2, 4, 6 (epoch's end), ...
-STEPS, EPOCH = 12, 6
-OPTIONS = {"batch_size": 4, "epochs": 2.0, "save_every": 2, "learning_rate": 1e-3}
+# 24 texts in batches of 4: steps 1 to 6 and 7 to 12, of two passes each. Checkpoints after 2, 4, 6
+# (epoch's end), ...
+STEPS, PASSES = 12, 2
+OPTIONS = {
+    "batch_size": 4, "epochs": 2.0, "save_every": 2, "learning_rate": 1e-3, "subnets_per_pass": 2,
+}  # fmt: skip
 
 # Where a process may be killed: just before a call of one of these.
 MOMENTS = {
     "step": (trainer.ElasticTrainer, "training_step"),
-    "sub-network": (trainer.ElasticTrainer, "_subnet_loss"),
+    "pass": (trainer.ElasticTrainer, "_pass_loss"),
     "evaluation": (trainer.ElasticTrainer, "evaluate"),
     "checkpoint": (trainer.ElasticTrainer, "_save_checkpoint"),
     "weights": (trainer.ElasticTrainer, "save_model"),
@@ -167,8 +170,8 @@ def found(output):
 
 # Where a process is killed; the step that the next one begins with; which checkpoints it finds.
 KILLS = {
-    "in the first step": (("sub-network", 3), 1, set()),
-    "in a step": (("sub-network", 4 * 3 + 2), 3, {"checkpoint-2"}),
+    "in the first step": (("pass", 2), 1, set()),
+    "in a step": (("pass", PASSES * 3 + 2), 3, {"checkpoint-2"}),
     "in the second epoch": (("step", 10), 9, {"checkpoint-6", "checkpoint-8"}),
     "while weights are written": (("flush", 1), 1, {".checkpoint-2.saving"}),
     "half through a file": (("half a file", 6), 3, {"checkpoint-2", ".checkpoint-4.saving"}),
@@ -177,13 +180,17 @@ KILLS = {
         3,
         {"checkpoint-2", ".checkpoint-4.saving"},
     ),
-    "before an old one is deleted": (("deletion", 9), 5, {"checkpoint-2", "checkpoint-4"}),
-    "before an epoch's evaluation": (("evaluation", 1), 5, {"checkpoint-4"}),
-    "between evaluation and save": (("checkpoint", 3), 5, {"checkpoint-4"}),
-    "between two epochs": (("step", 7), 7, {"checkpoint-6"}),
-    "before the last save": (("checkpoint", 6), 11, {"checkpoint-6", "checkpoint-10"}),
+    "before an old one is deleted": (
+        ("deletion", 13), 7, {"checkpoint-2", "checkpoint-4", "checkpoint-6"},
+    ),
+    "before an epoch's evaluation": (("evaluation", 1), 5, {"checkpoint-2", "checkpoint-4"}),
+    "between evaluation and save": (("checkpoint", 3), 5, {"checkpoint-2", "checkpoint-4"}),
+    "between two epochs": (("step", 7), 7, {"checkpoint-4", "checkpoint-6"}),
+    "before the last save": (
+        ("checkpoint", 6), 11, {"checkpoint-6", "checkpoint-8", "checkpoint-10"},
+    ),
     "before the output has its name": (
-        ("rename", 7), None, {"checkpoint-6", "checkpoint-12", ".out.saving"},
+        ("rename", 7), None, {"checkpoint-6", "checkpoint-10", "checkpoint-12", ".out.saving"},
     ),
 }  # fmt: skip
 
@@ -217,6 +224,25 @@ def test_killed_again_and_again(run, whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_ten_times_at_random_steps(run, tmp_path, precision):
+    """In a pass of the first, second or third step of each process: one checkpoint at most."""
+    options, rng = {"precision": precision, "epochs": 4.0}, random.Random(precision)
+    assert run(tmp_path / "whole", **options) == (0, list(range(1, 25)))
+    taken = []
+    for _ in range(10):
+        code, steps = run(tmp_path / "out", ("pass", rng.randint(1, 3 * PASSES)), **options)
+        assert code == -signal.SIGKILL
+        taken += steps
+    code, steps = run(tmp_path / "out", **options)
+    assert code == 0
+    assert 1 < steps[0] < max(taken) + 1
+    assert steps[-1] == 24
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
 def test_killed_from_outside(folder, start_job, run, whole, tmp_path):
     """Another process sends the signal, at a time that nobody chose."""
     output, log = tmp_path / "out", tmp_path / "out.steps"
@@ -238,6 +264,7 @@ SETTINGS = {
     "accumulation, a short last step": {"batch_size": 5, "gradient_accumulation": 2},
     "part of an epoch": {"epochs": 1.5, "save_every": 3},
     "bf16": {"precision": "bf16"},
+    "one pass": {"subnets_per_pass": None},
 }
 
 

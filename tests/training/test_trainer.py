@@ -36,7 +36,9 @@ def record_batches(trainer):
     batches, step = [], trainer.training_step
 
     def training_step(model, inputs, *args):
-        batches.append({name: tensor.clone() for name, tensor in inputs.items()})
+        packed = inputs["attention_mask"]
+        mask = packed.unpack(packed.pack(torch.ones_like(inputs["input_ids"])))
+        batches.append({name: t.clone() for name, t in {**inputs, "attention_mask": mask}.items()})
         return step(model, inputs, *args)
 
     trainer.training_step = training_step
@@ -394,11 +396,11 @@ def fake_scores(monkeypatch, totals):
 
 # Totals after each epoch of two steps; the best epoch; the checkpoints after each save.
 BEST = {
-    "first": ([3, 1, 2], 0, [[2], [2, 4], [2, 6]]),
-    "middle": ([1, 3, 2], 1, [[2], [4], [4, 6]]),
-    "last": ([1, 2, 3], 2, [[2], [4], [6]]),
-    "a tie goes to the first": ([1, 2, 2], 1, [[2], [4], [4, 6]]),
-    "below zero": ([-3, -1, -2], 1, [[2], [4], [4, 6]]),
+    "first": ([3, 1, 2], 0, [[2], [2, 4], [2, 4, 6]]),
+    "middle": ([1, 3, 2], 1, [[2], [2, 4], [4, 6]]),
+    "last": ([1, 2, 3], 2, [[2], [2, 4], [4, 6]]),
+    "a tie goes to the first": ([1, 2, 2], 1, [[2], [2, 4], [4, 6]]),
+    "below zero": ([-3, -1, -2], 1, [[2], [2, 4], [4, 6]]),
 }
 
 
@@ -425,7 +427,7 @@ def test_checkpoints_between_epochs(make_trainer, monkeypatch, tmp_path):
     fake_scores(monkeypatch, [2, 1])
     trainer.train()
     # Steps 6 and 12 are saved once, after the evaluation: 6 is the best, and stays.
-    assert folders.steps == [[2], [4], [6], [6, 8], [6, 10], [6, 12]]
+    assert folders.steps == [[2], [2, 4], [4, 6], [6, 8], [6, 8, 10], [6, 10, 12]]
 
 
 def test_a_checkpoint_is_complete(make_trainer, tmp_path):
@@ -433,6 +435,7 @@ def test_a_checkpoint_is_complete(make_trainer, tmp_path):
     ((_, folder),) = checkpoints(tmp_path / "run")
     assert {path.name for path in folder.iterdir()} >= {
         "config.json",
+        "manifest.json",
         "model.safetensors",
         "optimizer.pt",
         "rng_state.pth",

@@ -1,0 +1,303 @@
+"""`docs/quality.md`, from what `quality.py` found."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynabert_fast.evaluation.grid import write_aside
+from dynabert_fast.subnet import DEPTHS, WIDTHS
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "quality.md"
+
+#: Table 1 of the paper, BERT-base, GLUE development sets: the teacher, then depths 1, .75, .5 of
+#: each width.
+PAPER: dict[str, tuple[float, dict[float, tuple[float, ...]]]] = {
+    "sst2": (
+        92.9,
+        {
+            1.0: (93.2, 93.3, 92.7),
+            0.75: (93.0, 93.1, 92.8),
+            0.5: (93.3, 92.7, 91.6),
+            0.25: (92.8, 92.0, 92.0),
+        },
+    ),
+    "cola": (
+        58.1,
+        {
+            1.0: (59.7, 59.1, 54.6),
+            0.75: (60.8, 59.6, 53.2),
+            0.5: (58.4, 56.8, 48.5),
+            0.25: (50.9, 51.6, 43.7),
+        },
+    ),
+    "stsb": (
+        89.8,
+        {
+            1.0: (90.1, 89.5, 88.6),
+            0.75: (90.0, 89.4, 88.5),
+            0.5: (89.8, 89.2, 88.2),
+            0.25: (89.2, 88.3, 87.0),
+        },
+    ),
+    "rte": (
+        71.1,
+        {
+            1.0: (72.2, 71.8, 66.1),
+            0.75: (71.8, 73.3, 65.7),
+            0.5: (72.2, 72.2, 67.9),
+            0.25: (68.6, 68.6, 63.2),
+        },
+    ),
+}
+
+TITLES = {"trec": "TREC", "cola": "CoLA", "stsb": "STS-B", "rte": "RTE", "sst2": "SST-2"}
+METRICS = {"matthews": "Matthews", "spearman": "Spearman", "accuracy": "accuracy"}
+NONE = "–"
+
+Record = Mapping[str, Any]
+
+
+def write(results: Path, recipes: Mapping[str, str], main: str, page: Path = PAGE) -> None:
+    """Write the page.
+
+    Args:
+        results: Folder of `<task>.json`.
+        recipes: Title of each recipe, in order.
+        main: The recipe that the others are compared with.
+        page: The file to write.
+    """
+    files = (results / f"{task}.json" for task in TITLES)
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    tasks = [task for task in found if of_recipe(task, main)]
+    write_aside(page, "\n".join([*_head(tasks, recipes, main), *_sections(tasks, recipes, main)]))
+
+
+def of_recipe(task: Record, recipe: str) -> list[Record]:
+    """The task's runs of a recipe, by seed."""
+    return [run for run in task.get("runs", ()) if run["recipe"] == recipe]
+
+
+def paper_drops(task: str) -> dict[str, float]:
+    """Teacher minus cell in the paper, in points, by the cell's name; empty if not in the paper."""
+    if task not in PAPER:
+        return {}
+    teacher, rows = PAPER[task]
+    return {
+        _name(width, depth): teacher - rows[width][i]
+        for width in WIDTHS
+        for i, depth in enumerate(DEPTHS)
+    }
+
+
+def drops(runs: Iterable[Record]) -> dict[str, list[float]]:
+    """Teacher minus cell in points: for each cell one number a seed, from that seed's teacher."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for name, score in run["cells"].items():
+            found.setdefault(name, []).append(100 * (run["teacher"] - score))
+    return found
+
+
+def mean_cell(run: Record) -> float:
+    """Mean score of the cells, in points."""
+    return 100 * statistics.fmean(run["cells"].values())
+
+
+def worst_cell(run: Record) -> float:
+    """Lowest score of the cells, in points."""
+    return 100 * min(run["cells"].values())
+
+
+def against(runs: Sequence[Record], base: Sequence[Record], of: Callable[[Record], float]) -> str:
+    """Mean and spread of the differences on the seeds that both have."""
+    values = {run["seed"]: of(run) for run in base}
+    return spread([of(run) - values[run["seed"]] for run in runs if run["seed"] in values], "+.1f")
+
+
+def spread(values: Sequence[float], form: str = ".1f") -> str:
+    """`56.1 ± 0.4`: mean and sample standard deviation; one value has no spread."""
+    if not values:
+        return NONE
+    mean = _number(statistics.fmean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def _head(tasks: Sequence[Record], recipes: Mapping[str, str], main: str) -> list[str]:
+    lines = [
+        "# Accuracy of every sub-network",
+        "",
+        f"Scores x 100 on development sets, {recipes[main]} unless said otherwise; mean and sample "
+        "standard deviation over seeds (data order, dropout, new head). *Drop*: a cell's distance "
+        "from the teacher of the same seed; below zero it is better than its teacher. The paper's "
+        "drops are those of its Table 1 (BERT-base, 12 layers, augmented data); its models are "
+        "larger, so the drops are comparable and the scores are not. TREC is not in the paper.",
+        "",
+        "    python benchmarks/quality.py --data-dir DATA --model MODEL --work WORK",
+        "    python benchmarks/quality.py --report",
+        "",
+        "run what is missing, and write this page. All numbers, settings, times and versions stand "
+        "in [benchmarks/results/quality/](../benchmarks/results/quality/).",
+    ]
+    if not tasks:
+        return [*lines, "", "Nothing was run yet.", ""]
+    rows = []
+    for task in tasks:
+        runs = of_recipe(task, main)
+        ours, theirs = drops(runs), paper_drops(task["task"])
+        means = {name: statistics.fmean(values) for name, values in ours.items()}
+        smaller = sum(means[name] < theirs[name] for name in theirs)
+        rows.append(
+            [
+                TITLES[task["task"]],
+                METRICS[task["metric"]],
+                str(len(runs)),
+                spread([100 * run["teacher"] for run in runs]),
+                spread([statistics.fmean(d) for d in zip(*ours.values(), strict=True)]),
+                _number(statistics.fmean(theirs.values())) if theirs else NONE,
+                f"{smaller} of {len(theirs)}" if theirs else NONE,
+            ]
+        )
+    head = ["task", "metric", "seeds", "teacher", "mean drop of 12 cells", "the paper's"]
+    return [*lines, "", *_table([*head, "cells that drop less"], rows), ""]
+
+
+def _sections(tasks: Sequence[Record], recipes: Mapping[str, str], main: str) -> Iterable[str]:
+    changed = [r for r in recipes if r != main and any(of_recipe(task, r) for task in tasks)]
+    if changed:
+        yield from _overview(tasks, {recipe: recipes[recipe] for recipe in changed}, main)
+    for task in tasks:
+        yield from _task(task, recipes, main)
+
+
+def _overview(tasks: Sequence[Record], changed: Mapping[str, str], main: str) -> Iterable[str]:
+    yield from ("## What each part is worth", "")
+    yield from (f"Mean of the 12 cells, less that of `{main}` with the same seeds.", "")
+    rows = []
+    for recipe, title in changed.items():
+        cells = [
+            against(of_recipe(task, recipe), of_recipe(task, main), mean_cell) for task in tasks
+        ]
+        rows.append([f"`{recipe}`", title, *cells])
+    yield from _table(["recipe", "", *(TITLES[task["task"]] for task in tasks)], rows)
+    yield ""
+
+
+def _task(task: Record, recipes: Mapping[str, str], main: str) -> Iterable[str]:
+    name, runs = task["task"], of_recipe(task, main)
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    yield from (f"## {TITLES[name]}", "")
+    yield (
+        f"{METRICS[task['metric']]}, {task['train_examples']:,} training and "
+        f"{task['dev_examples']:,} development examples, {task['model']}, seeds {seeds}. "
+        f"{_settings(runs[0])}"
+    )
+    scores = {cell: [100 * run["cells"][cell] for run in runs] for cell in runs[0]["cells"]}
+    teacher = spread([100 * run["teacher"] for run in runs])
+    yield from ("", f"Teacher: {teacher}.", "")
+    yield from _grid("score: width \\ depth", lambda cell: spread(scores[cell]))
+    ours, theirs = drops(runs), paper_drops(name)
+    corner = "drop, here (paper)" if theirs else "drop (not in the paper)"
+
+    def drop(cell: str) -> str:
+        own = spread(ours[cell])
+        return f"{own} ({_number(theirs[cell])})" if theirs else own
+
+    yield from ("", *_grid(f"{corner}: width \\ depth", drop), "")
+    rows = [
+        [
+            f"`{recipe}`" if recipe != main else f"**`{recipe}`**",
+            title,
+            ", ".join(str(run["seed"]) for run in found),
+            spread([mean_cell(run) for run in found]),
+            spread([worst_cell(run) for run in found]),
+            NONE if recipe == main else against(found, runs, mean_cell),
+            NONE if recipe == main else against(found, runs, worst_cell),
+            spread([_minutes(run) for run in found]),
+        ]
+        for recipe, title in recipes.items()
+        if (found := of_recipe(task, recipe))
+    ]
+    head = ["recipe", "", "seeds", "mean of cells", "worst cell"]
+    yield from _table([*head, f"mean, to `{main}`", "worst, to it", "minutes"], rows)
+    yield from ("", *_baselines(runs), "")
+    yield from (_conditions(task), "")
+
+
+def _baselines(runs: Sequence[Record]) -> list[str]:
+    """Without distillation: the teacher cut to size; and what the stage of widths alone gives."""
+    kept = [run for run in runs if "baselines" in run]
+    if not kept:
+        return []
+    rows = []
+    for title in kept[0]["baselines"]:
+        row = [title]
+        for depth in DEPTHS:
+            for width in WIDTHS:
+                cell = _name(width, depth)
+                found = [run["baselines"][title] for run in kept]
+                values = [100 * scores[cell] for scores in found if cell in scores]
+                row.append(_number(statistics.fmean(values)) if values else NONE)
+        rows.append(row)
+    names = [f"{width:g}, {depth:g}" for depth in DEPTHS for width in WIDTHS]
+    return [
+        "Before distillation (width, depth): the teacher cut to size, the rewired teacher cut to "
+        "size, and the model after its stage of widths.",
+        "",
+        *_table(["", *names], rows),
+    ]
+
+
+def _settings(run: Record) -> str:
+    stages = {
+        stage: settings.get("training", settings)
+        for stage, settings in run["settings"].items()
+        if stage != "rewire"
+    }
+    base = stages["finetune"]
+    epochs = ", ".join(f"{_stage(stage)} {s['epochs']:g}" for stage, s in stages.items())
+    return (
+        f"Epochs: {epochs}; rate {base['learning_rate']:g}, batch {base['batch_size']}, at most "
+        f"{base['max_length']} tokens, {base['precision']}."
+    )
+
+
+def _stage(name: str) -> str:
+    return {"finetune": "teacher", "width": "widths", "depth": "depths"}.get(name, name)
+
+
+def _conditions(task: Record) -> str:
+    kinds = {
+        f"{env['device']}, {env['threads']} CPU threads, torch {env['torch']}, transformers "
+        f"{env['transformers']}, Python {env['python']}, dynabert_fast {env['dynabert_fast']}"
+        for env in (run["environment"] for run in task["runs"])
+    }
+    commits = list(dict.fromkeys(run["commit"] for run in task["runs"]))
+    return f"On {'; '.join(sorted(kinds))}. Commits: {', '.join(commits)}."
+
+
+def _minutes(run: Record) -> float:
+    """Everything that the run needed, also what it shared with others."""
+    return sum(run["seconds"].values()) / 60
+
+
+def _grid(corner: str, cell: Callable[[str], str]) -> list[str]:
+    """Rows are widths and columns depths, as in Table 1 of the paper."""
+    rows = [[f"{width:g}", *(cell(_name(width, depth)) for depth in DEPTHS)] for width in WIDTHS]
+    return _table([corner, *(f"{depth:g}" for depth in DEPTHS)], rows)
+
+
+def _name(width: float, depth: float) -> str:
+    return f"w{width:.2f}-d{depth:.2f}"
+
+
+def _number(value: float, form: str = ".1f") -> str:
+    text = format(value, form)
+    return text.replace("-", "−") if float(text) else format(0.0, form).lstrip("+")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]

@@ -1,0 +1,102 @@
+"""Choosing configurations, with a clock in place of a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import triton
+
+from dynabert_fast.kernels import tuning
+from dynabert_fast.kernels.common import Config
+
+CONFIGS = tuple(Config.of(BLOCK=size) for size in (16, 32, 64))
+KEY = ("bf16", 128, False)
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """`clock.times`: milliseconds by block; what is missing cannot run. `clock.measured` counts."""
+
+    class Clock:
+        times = {16: 3.0, 32: 1.0, 64: 2.0}
+        measured = 0
+
+        def do_bench(self, run, **_):
+            self.measured += 1
+            run()
+            return self.times[self.launched["BLOCK"]]
+
+        def launch(self, config):
+            self.launched = config
+            if config["BLOCK"] not in self.times:
+                raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
+
+        def fresh(self):
+            """As a new process."""
+            tuning._choices.cache_clear()
+            monkeypatch.setattr(tuning, "_answers", {})
+
+    found = Clock()
+    found.fresh()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card (1)")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton.testing, "do_bench", found.do_bench)
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.delenv(tuning.TUNE_VARIABLE, raising=False)
+    yield found
+    tuning._choices.cache_clear()
+
+
+def choose(clock, key=KEY, configs=CONFIGS):
+    return tuning.choose("product", key, configs, clock.launch)["BLOCK"]
+
+
+def test_the_fastest_is_measured_once_and_kept(clock, tmp_path):
+    assert [choose(clock) for _ in range(3)] == [32] * 3
+    assert clock.measured == 3
+    (file,) = (tmp_path / "triton").iterdir()
+    assert file.name == f"Card-1--triton-{triton.__version__}.json"
+    assert json.loads(file.read_text()) == {f"product {KEY}": str(CONFIGS[1])}
+    clock.fresh()
+    assert choose(clock) == 32
+    assert clock.measured == 3
+
+
+def test_another_key_is_another_choice(clock):
+    assert choose(clock) == 32
+    clock.times = {16: 1.0, 32: 2.0, 64: 3.0}
+    assert choose(clock, ("bf16", 256, False)) == 16
+    assert choose(clock) == 32
+
+
+def test_a_choice_that_is_shipped_no_more_is_made_again(clock):
+    assert choose(clock) == 32
+    assert choose(clock, configs=(CONFIGS[0], CONFIGS[2])) == 64
+
+
+def test_what_does_not_fit_the_card_is_left_out(clock):
+    clock.times = {16: 3.0, 64: 2.0}
+    assert choose(clock) == 64
+    clock.times = {}
+    assert choose(clock, ("fp32",)) == 16
+
+
+@pytest.mark.parametrize("how", ["asked not to", "in a capture"])
+def test_where_nothing_may_be_measured_the_first_serves(clock, monkeypatch, how):
+    if how == "in a capture":
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    else:
+        monkeypatch.setenv(tuning.TUNE_VARIABLE, "0")
+    assert choose(clock) == 16
+    assert clock.measured == 0
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"product": "no such"}'])
+def test_a_file_that_cannot_be_read_is_as_good_as_none(clock, text):
+    path = tuning.cache_file(torch.device("cuda", 0))
+    path.parent.mkdir()
+    path.write_text(text)
+    assert choose(clock) == 32

@@ -372,7 +372,8 @@ def fits(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def _why_not(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(device: torch.device) -> str | None:
+    """Why cuBLASLt computes nothing on a GPU, `None` where it does."""
     try:
         module = cuda_module()
     except InputError as error:
@@ -388,6 +389,10 @@ def _why_not(kernel: str, device: torch.device, dtype: torch.dtype) -> str | Non
     except module.MatmulError as error:
         return f"has no library: {error}"
     return None
+
+
+def _why_not(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return why_not(device)
 
 
 register(

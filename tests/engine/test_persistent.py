@@ -5,6 +5,10 @@ Its arithmetic and schedule are tested on a CPU by csrc/tests/test_cuda_encoder.
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -94,7 +98,7 @@ def test_an_engine_says_that_it_is_off(make_model):
 
 
 def test_a_module_that_is_not_built_is_bad_input(make_model, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "dynabert_fast._cuda", None)
+    monkeypatch.setitem(sys.modules, "dynabert_fast._cuda", None)
     with pytest.raises(InputError, match=r"not available \(.*_cuda.*DYNABERT_FAST_CUDA=0"):
         GpuEngine(make_model(base=True), "bf16", persistent=True)
 
@@ -138,3 +142,39 @@ def test_replays_do_not_see_each_other(built, make_model):
     for _ in range(20):
         for (ids, subnet), want in zip(calls, first, strict=True):
             assert torch.equal(engine(ids, subnet=subnet).last_hidden_state, want)
+
+
+# A process of its own, because compute-sanitizer runs a program.
+SMALL_CASE = """
+import sys, torch
+from dynabert_fast.engine.persistent import PersistentLayers
+from dynabert_fast.models import DynaBertConfig, DynaBertModel
+from dynabert_fast.subnet import grid
+config = DynaBertConfig(vocab_size=61, hidden_size=96, num_attention_heads=4, head_size=32,
+                        intermediate_size=160, num_hidden_layers=2, max_position_embeddings=64)
+model = DynaBertModel(config).to(torch.bfloat16).cuda().eval()
+layers = PersistentLayers(model)
+for subnet in grid(config)[::4]:
+    x = torch.randn(37, 96, device="cuda").bfloat16()
+    layers(x, torch.tensor([0, 20, 37], device="cuda"), 20, subnet)
+    torch.cuda.synchronize()
+    assert x.isfinite().all()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_sanitized(built, tmp_path, tool):
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer, of the CUDA toolkit")
+    script = tmp_path / "case.py"
+    script.write_text(SMALL_CASE)
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not support this machine's device")
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -89,6 +89,16 @@ def test_fits_and_does_not_spill(compiled, source, architecture):
 
 
 @pytest.mark.slow
+def test_the_program_for_a_gpu_compiles(tmp_path):
+    """What tests/engine/test_persistent.py runs where there is a GPU."""
+    flags = ("-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-arch=sm_80")
+    source = ROOT / "csrc" / "tests" / "device_encoder.cu"
+    command = [needs("nvcc"), *flags, "-c", source, "-o", tmp_path / "device_encoder.o"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_encoder_has_the_instructions_of_its_design(compiled, architecture):
     file, _ = compiled("encoder", architecture)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from dynabert_fast.engine.persistent import MOST_TOKENS, PersistentLayers, addre
 from dynabert_fast.errors import InputError
 from dynabert_fast.subnet import Subnet, grid
 
+ROOT = Path(__file__).resolve().parents[2]
 #: Multiprocessors, and shared memory of a block.
 H200, A100 = (132, 232448), (108, 166912)
 #: What the kernel asks of a model: heads of 32 or 64, neurons a multiple of 8 at each width.
@@ -144,37 +146,48 @@ def test_replays_do_not_see_each_other(built, make_model):
             assert torch.equal(engine(ids, subnet=subnet).last_hidden_state, want)
 
 
-# A process of its own, because compute-sanitizer runs a program.
-SMALL_CASE = """
-import sys, torch
-from dynabert_fast.engine.persistent import PersistentLayers
-from dynabert_fast.models import DynaBertConfig, DynaBertModel
-from dynabert_fast.subnet import grid
-config = DynaBertConfig(vocab_size=61, hidden_size=96, num_attention_heads=4, head_size=32,
-                        intermediate_size=160, num_hidden_layers=2, max_position_embeddings=64)
-model = DynaBertModel(config).to(torch.bfloat16).cuda().eval()
-layers = PersistentLayers(model)
-for subnet in grid(config)[::4]:
-    x = torch.randn(37, 96, device="cuda").bfloat16()
-    layers(x, torch.tensor([0, 20, 37], device="cuda"), 20, subnet)
-    torch.cuda.synchronize()
-    assert x.isfinite().all()
-"""
+@pytest.fixture(scope="session")
+def program(tmp_path_factory) -> str:
+    """csrc/tests/device_encoder.cu, for this machine's GPU."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc, of the CUDA toolkit")
+    target = tmp_path_factory.mktemp("device") / "device_encoder"
+    major, minor = torch.cuda.get_device_capability()
+    name = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
+    sources = [ROOT / "csrc" / "tests" / "device_encoder.cu", ROOT / "csrc" / "cuda" / "encoder.cu"]
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-O2",
+        "-lineinfo",
+        f"-gencode=arch=compute_{name},code=sm_{name}",
+    ]
+    done = subprocess.run(
+        [*command, *sources, "-o", target], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return str(target)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["small", "base"])
+def test_without_python(program, size):
+    done = subprocess.run([program, size], capture_output=True, text=True, check=False, timeout=300)
+    print(done.stdout)  # with microseconds of a launch
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_sanitized(built, tmp_path, tool):
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
-    if sanitizer is None:
+def test_sanitized(program, tool):
+    found = [shutil.which("compute-sanitizer", path=p) for p in (None, "/usr/local/cuda/bin")]
+    if not any(found):
         pytest.skip("needs compute-sanitizer, of the CUDA toolkit")
-    script = tmp_path / "case.py"
-    script.write_text(SMALL_CASE)
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    command = [next(filter(None, found)), "--tool", tool, "--error-exitcode", "9", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if "Device not supported" in done.stdout:
         pytest.skip("compute-sanitizer does not support this machine's device")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -120,6 +120,6 @@ def test_the_encoder_has_the_instructions_of_its_design(compiled, architecture):
     assert sum(wide) >= 3 * 10
     # Nothing lies in local memory.
     assert count("LDL") == count("STL") == 0
-    # One grid's barrier is in each kernel: one atomic, one fence.
-    assert count("ATOMG") == 3
-    assert count("MEMBAR") == 3
+    # The grid's barrier, and its last arrival: an addition without an answer, behind one fence.
+    assert count("ATOM") == 0
+    assert count("RED") == count("MEMBAR") == 3 * 2

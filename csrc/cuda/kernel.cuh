@@ -57,22 +57,21 @@ struct Gpu {
   }
 };
 
-/// All blocks have come, and see what each wrote before. The counter's highest bit flips when the last one
-/// comes; its other bits are zero then, as they were at the start, so that nobody has to reset it between
-/// launches.
-__device__ __forceinline__ void grid_barrier(uint32_t* counter) {
+/// One thread of each block, behind a barrier of its block: releases what the whole block wrote.
+__device__ __forceinline__ void arrive(uint32_t* counter) {
+  const uint32_t share = barrier_share(blockIdx.x, gridDim.x);
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(share) : "memory");
+}
+
+/// All blocks have come, and see what each wrote before.
+__device__ __forceinline__ void grid_barrier(uint32_t* counter, int number) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    const uint32_t mine = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u;
-    uint32_t before, now;
-    // Releases what the whole block wrote: its other threads' writes come before __syncthreads.
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(counter), "r"(mine)
-                 : "memory");
+    arrive(counter);
+    uint32_t now;
     do {
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
-    } while (((before ^ now) & 0x80000000u) == 0);
+    } while (!barrier_passed(now, number));
   }
   __syncthreads();
 }
@@ -155,8 +154,9 @@ __global__ void __launch_bounds__(kThreads, 1) encode(const __grid_constant__ En
                  first ? l.norm1_weight : l.norm2_weight, first ? l.norm1_bias : l.norm2_bias,
                  small + kMostColumns);
     }
-    if (phase + 1 < phases(e)) grid_barrier(e.barrier);
+    if (phase < barriers(e)) grid_barrier(e.barrier, phase);
   }
+  if (barriers(e) % 2 && threadIdx.x == 0) arrive(e.barrier);
 }
 
 }  // namespace dynabert::cuda

@@ -57,9 +57,11 @@ inline double cost(const Product& p, int tokens, TileShape tile, int blocks, int
   if (weight_bytes(p) > buffer_bytes || slab_bytes(tile, columns) > buffer_bytes) return INFINITY;
   const int rounds = ceil_div(product_units(p, tokens, tile.rows()), blocks);
   const double a = 2.0 * tile.rows() * depth, weights = 2.0 * columns * depth;
-  // Weights come ahead of the barrier, but over the same wires: half of their time is hidden.
-  const double unit = kLatency + a / kL2 + weights / kL2 / 2 + 2.0 * slab_bytes(tile, columns) / kShared +
-                      1.0 * tile.rows() * columns * depth / kProducts;
+  // Weights come ahead of the barrier, but over the same wires: half of their time is hidden. Products begin
+  // when the first of A is there; where chunks are no multiple of the parts, some warps wait.
+  const int steps = ceil_div(ceil_div(depth, kChunk), tile.parts()) * tile.parts() * kChunk;
+  const double loads = (a + weights / 2) / kL2, products = 1.0 * tile.rows() * columns * steps / kProducts;
+  const double unit = kLatency + std::max(loads, products) + 2.0 * slab_bytes(tile, columns) / kShared;
   const double adding = p.rows ? 0 : 4.0 * splits(p) * ceil_div(tokens, blocks) * p.columns / kL2;
   return rounds * unit + adding;
 }
@@ -105,7 +107,8 @@ inline std::string why_not(const Encoder& e) {
 }
 
 /// Fills in the encoder's tilings and buffer size; throws std::invalid_argument where it cannot be computed.
-inline Plan plan(Encoder& e, const Device& device) {
+/// `tile_rows`: the kernel with tiles of so many rows, 0 for the one that should be fastest.
+inline Plan plan(Encoder& e, const Device& device, int tile_rows = 0) {
   using namespace plan_detail;
   if (const std::string wrong = why_not(e); !wrong.empty()) throw std::invalid_argument(wrong);
   e.buffer_bytes = (device.shared_bytes - kSmallBytes) / 2 / 128 * 128;
@@ -113,6 +116,7 @@ inline Plan plan(Encoder& e, const Device& device) {
   Plan result{};
   double least = INFINITY;
   for (TileShape tile : kTileShapes) {
+    if (tile_rows && tile.rows() != tile_rows) continue;
     double total = 0;
     for (int phase = 0; phase < phases(e); ++phase) {
       if (!is_product(step_of(phase))) continue;

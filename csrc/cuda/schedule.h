@@ -133,6 +133,18 @@ HD int units(const Encoder& e, int phase, int tile_rows) {
   return step == Step::kAttention ? attention_units(e, e.layer[phase / kSteps].heads) : e.tokens;
 }
 
+// The grid's barrier: a counter that starts at zero. At each barrier every block adds its share; the sum of
+// all shares is the highest bit, which flips when the last one comes, and all other bits are zero again.
+// Nobody has to be told the value before its own addition, so nobody waits for an answer. A launch flips the
+// bit an even number of times, so that the next one finds it as this one did.
+constexpr uint32_t kFlip = 0x80000000u;
+HD uint32_t barrier_share(int block, int grid) {
+  return block == 0 ? kFlip - static_cast<uint32_t>(grid - 1) : 1u;
+}
+/// Whether all have come to barrier `number`, counted from 0.
+HD bool barrier_passed(uint32_t counter, int number) { return counter / kFlip == (number % 2 ? 0u : 1u); }
+HD int barriers(const Encoder& e) { return phases(e) - 1; }
+
 /// A block's products, one after the other: their weights are fetched ahead, across barriers.
 struct Cursor {
   int phase, number;

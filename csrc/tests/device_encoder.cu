@@ -84,11 +84,9 @@ float microseconds(const Encoder& e, const Plan& plan) {
   return 1000 * milliseconds / kRuns;
 }
 
-/// Prints a line; whether the errors are at most twice those of plain bfloat16, and both runs gave the same
-/// bits.
-bool compare(const Model& model, const std::vector<Layer>& layers, const Subnet& net, const Vector& input,
-             const std::vector<int64_t>& offsets, const Memory& memory, bool times) {
-  const int d = model.s.hidden, tokens = static_cast<int>(input.count) / d;
+/// Arguments of a launch but for the plan.
+Encoder encoder_on(const Model& model, const std::vector<Layer>& layers, const Subnet& net, int tokens,
+                   const std::vector<int64_t>& offsets, const Memory& memory) {
   Encoder e = encoder_of(model, net, tokens);
   for (int i = 0; i < e.layers; ++i) {
     e.layer[i] = layers[net.layers[i]];
@@ -101,6 +99,15 @@ bool compare(const Model& model, const std::vector<Layer>& layers, const Subnet&
   e.x = memory.x, e.qkv = memory.qkv, e.context = memory.context, e.inner = memory.inner,
   e.parts = memory.parts;
   e.barrier = memory.barrier;
+  return e;
+}
+
+/// Prints a line; whether the errors are at most twice those of plain bfloat16, and both runs gave the same
+/// bits.
+bool compare(const Model& model, const std::vector<Layer>& layers, const Subnet& net, const Vector& input,
+             const std::vector<int64_t>& offsets, const Memory& memory, bool times) {
+  const int d = model.s.hidden, tokens = static_cast<int>(input.count) / d;
+  Encoder e = encoder_on(model, layers, net, tokens, offsets, memory);
   const Plan found = plan(e, current_device());
   std::vector<Bf16> first(input.count), second(input.count);
   for (std::vector<Bf16>* to : {&first, &second}) {
@@ -122,10 +129,34 @@ bool compare(const Model& model, const std::vector<Layer>& layers, const Subnet&
   return good;
 }
 
+/// A table of launches; how often the weights could have been read in that time at 4.8 TB/s is the last
+/// column.
+void print_times(const Model& model, const std::vector<Layer>& layers, const Memory& memory) {
+  std::printf("tokens  sub-network  tile rows  blocks       us  x floor\n");
+  for (int tokens : {16, 32, 64, 128}) {
+    const std::vector<int64_t> offsets = {0, tokens};
+    for (auto [width, depth] : {std::pair(1.0, 1.0), std::pair(0.25, 0.5)}) {
+      const Subnet net = subnet(model.s, width, depth);
+      for (TileShape tile : kTileShapes) {
+        Encoder e = encoder_on(model, layers, net, tokens, offsets, memory);
+        const Plan found = plan(e, current_device(), tile.rows());
+        encode(e, found, nullptr);
+        const float time = microseconds(e, found);
+        double bytes = 0;
+        for (int i = 0; i < e.layers; ++i)
+          bytes += 2.0 * e.hidden * (4.0 * net.heads[i] * e.head_size + 2.0 * net.neurons[i]);
+        std::printf("%6d  w%.2f-d%.2f  %9d  %6d  %7.1f  %7.1f\n", tokens, width, depth, tile.rows(),
+                    found.blocks, time, time * 4.8e6 / bytes);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
-  const bool base = count > 1 && std::string(arguments[1]) == "base";
+  const std::string what = count > 1 ? arguments[1] : "";
+  const bool base = what == "base" || what == "times";
   const Sizes sizes = base ? Sizes{768, 64, 12, 3072, 12} : Sizes{96, 32, 4, 160, 2};
   const std::vector<int64_t> offsets =
       base ? std::vector<int64_t>{0, 128} : std::vector<int64_t>{0, 20, 20, 37};
@@ -144,6 +175,7 @@ int main(int count, char** arguments) {
                          upload(kNothing, tokens * sizes.neurons),
                          upload(static_cast<float*>(nullptr), 16 * input.count),  // the most parts a plan has
                          upload(&zero, 1)};
+  if (what == "times") return print_times(model, layers, memory), 0;
   std::vector<std::pair<double, double>> grid = {{1, 1}, {0.25, 0.5}};
   if (!base) grid.insert(grid.end(), {{0.75, 1}, {0.5, 1}, {0.25, 1}, {1, 0.5}, {0.75, 0.5}, {0.5, 0.5}});
   bool good = true;

@@ -485,6 +485,30 @@ TEST(attention_units_are_all_queries_once) {
   CHECK(static_cast<int>(seen.size()) == count && count == 3 * 5 * 3);
 }
 
+TEST(the_barrier_opens_when_the_last_block_comes) {
+  std::mt19937 random(5);
+  uint32_t counter = 0;
+  for (int grid : {1, 2, 3, 132, 1000}) {
+    for (int layers : {1, 2}) {
+      Encoder e{};
+      e.layers = layers;
+      std::vector<int> order(grid);
+      for (int b = 0; b < grid; ++b) order[b] = b;
+      for (int number = 0; number < barriers(e); ++number) {
+        std::shuffle(order.begin(), order.end(), random);
+        for (int b : order) {
+          CHECK(!barrier_passed(counter, number));
+          counter += barrier_share(b, grid);
+        }
+        CHECK(barrier_passed(counter, number));
+        CHECK(!barrier_passed(counter, number + 1));
+      }
+      for (int b = 0; barriers(e) % 2 && b < grid; ++b) counter += barrier_share(b, grid);
+      CHECK(counter == 0);  // as the next launch wants it
+    }
+  }
+}
+
 TEST(what_cannot_be_computed_is_refused) {
   const Device device = kH200;
   auto of = [&](Sizes s, int tokens) {

@@ -172,9 +172,9 @@ def program(tmp_path_factory) -> str:
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["small", "base"])
-def test_without_python(program, size):
-    done = subprocess.run([program, size], capture_output=True, text=True, check=False, timeout=300)
+@pytest.mark.parametrize("what", ["small", "base", "times"])
+def test_without_python(program, what):
+    done = subprocess.run([program, what], capture_output=True, text=True, check=False, timeout=300)
     print(done.stdout)  # with microseconds of a launch
     assert done.returncode == 0, done.stdout + done.stderr
 

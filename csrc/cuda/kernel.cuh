@@ -101,11 +101,11 @@ __device__ __forceinline__ void norm_phase(Gpu& m, const Encoder& e, const Produ
   const int parts = splits(before);
   for (int row = blockIdx.x; row < e.tokens; row += gridDim.x) {
     NormRow<Gpu> norm;
-    norm.gather(m, e, bias, parts, row, small);
+    norm.gather(m, e, bias, weight, shift, parts, row, small);
     __syncthreads();
     norm.centre(m, e, small);
     __syncthreads();
-    norm.store(m, e, weight, shift, row, small);
+    norm.store(m, e, row, small);
   }
 }
 
@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(kThreads, 1) encode(const __grid_constant__ En
   float* const small = reinterpret_cast<float*>(memory);
   const int block = blockIdx.x, grid = gridDim.x;
   int full = kSmallBytes, empty = kSmallBytes + e.buffer_bytes;  // `full`: the next product's weights
+  keep_offsets(m, e);
   Cursor next = settle(e, {0, block}, block, Tile::kRows);
   fetch(m, e, next, Tile::kRows, full);
   for (int phase = 0; phase < phases(e); ++phase) {
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1) encode(const __grid_constant__ En
       const bool first = step == Step::kNorm1;
       norm_phase(m, e, product(e, phase - 1), first ? l.out_bias : l.down_bias,
                  first ? l.norm1_weight : l.norm2_weight, first ? l.norm1_bias : l.norm2_bias,
-                 small + kMostColumns);
+                 small + kSmallSums);
     }
     if (phase < barriers(e)) grid_barrier(e.barrier, phase);
   }

@@ -293,6 +293,22 @@ HD void fetch_bias(M& m, const Product& p, const Unit& u, float* to) {
 
 // ---- attention ----
 
+/// Where sequences begin, into shared memory: from the device's it would come late in every layer.
+template <class M>
+HD void keep_offsets(M& m, const Encoder& e) {
+  if (e.sequences > kKeptSequences) return;
+  int* kept = reinterpret_cast<int*>(m.shared) + kSmallOffsets;
+  each_lane([&](int lane) {
+    const int i = m.warp * kLanes + lane;
+    if (i <= e.sequences) kept[i] = static_cast<int>(e.offsets[i]);
+  });
+}
+template <class M>
+HD int offset_of(const M& m, const Encoder& e, int sequence) {
+  if (e.sequences <= kKeptSequences) return reinterpret_cast<const int*>(m.shared)[kSmallOffsets + sequence];
+  return static_cast<int>(e.offsets[sequence]);
+}
+
 /// 16 queries of a head: each warp has 16 keys in 128, and what it found is merged in shared memory. kHead is
 /// 32 or 64.
 template <class M, int kHead>
@@ -308,8 +324,7 @@ struct AttentionTile {
   HD static int warps(int length) { return smaller(kWarps, ceil_div(length, 16)); }
 
   HD void attend(M& m, const Encoder& e, int heads, const AttentionUnit& u, int scratch) {
-    const int begin = static_cast<int>(e.offsets[u.sequence]);
-    const int length = static_cast<int>(e.offsets[u.sequence + 1]) - begin;
+    const int begin = offset_of(m, e, u.sequence), length = offset_of(m, e, u.sequence + 1) - begin;
     if (u.query >= length || m.warp >= warps(length)) return;
     const int64_t stride = static_cast<int64_t>(3) * heads * kHead;
     const Bf16* q = e.qkv + begin * stride + u.head * 3 * kHead;
@@ -468,8 +483,7 @@ struct AttentionTile {
   }
 
   HD void merge(M& m, const Encoder& e, int heads, const AttentionUnit& u, int scratch) const {
-    const int begin = static_cast<int>(e.offsets[u.sequence]);
-    const int length = static_cast<int>(e.offsets[u.sequence + 1]) - begin;
+    const int begin = offset_of(m, e, u.sequence), length = offset_of(m, e, u.sequence + 1) - begin;
     if (u.query >= length) return;
     const float* slabs = reinterpret_cast<const float*>(m.shared + scratch);
     const int count = warps(length);
@@ -503,10 +517,13 @@ struct AttentionTile {
 template <class M>
 struct NormRow {
   PerLane<Float4> z;
+  PerLane<Pair> weight, shift;  // come with the parts, not after them
 
   HD static int column(const M& m, int lane) { return 4 * (m.warp * kLanes + lane); }
 
-  HD void gather(M& m, const Encoder& e, const Bf16* bias, int parts, int row, float* small) {
+  /// `bias` of the product before, `scales` and `shifts` of the norm.
+  HD void gather(M& m, const Encoder& e, const Bf16* bias, const Bf16* scales, const Bf16* shifts, int parts,
+                 int row, float* small) {
     PerLane<float> sum;
     each_lane([&](int lane) {
       z[lane] = {};
@@ -517,11 +534,14 @@ struct NormRow {
       const int64_t at = static_cast<int64_t>(row) * e.hidden + c;
       m.half_activations(e.x + at, before);
       m.weights(bias + c, added);
+      m.weights(scales + c, weight[lane].b);
+      m.weights(shifts + c, shift[lane].b);
       UNROLL
       for (int n = 0; n < 2; ++n) {
         z[lane].value[2 * n] = low_bf16(before[n]) + low_bf16(added[n]);
         z[lane].value[2 * n + 1] = high_bf16(before[n]) + high_bf16(added[n]);
       }
+      UNROLL_4
       for (int s = 0; s < parts; ++s) {
         const Float4 one = m.sums(e.parts + (static_cast<int64_t>(s) * e.tokens * e.hidden + at));
         UNROLL
@@ -548,18 +568,17 @@ struct NormRow {
     gather_sum(m, sum, small + kWarps);
   }
 
-  HD void store(M& m, const Encoder& e, const Bf16* weight, const Bf16* bias, int row, const float* small) {
+  HD void store(M& m, const Encoder& e, int row, const float* small) {
     each_lane([&](int lane) {
       const int c = column(m, lane);
       if (c >= e.hidden) return;
       const float scale = reciprocal_root(block_sum(small + kWarps) / static_cast<float>(e.hidden) + e.eps);
-      uint32_t w[2], b[2], out[2];
-      m.weights(weight + c, w);
-      m.weights(bias + c, b);
+      uint32_t out[2];
       UNROLL
       for (int n = 0; n < 2; ++n) {
-        out[n] = pack_bf16(z[lane].value[2 * n] * scale * low_bf16(w[n]) + low_bf16(b[n]),
-                           z[lane].value[2 * n + 1] * scale * high_bf16(w[n]) + high_bf16(b[n]));
+        const uint32_t w = weight[lane].b[n], b = shift[lane].b[n];
+        out[n] = pack_bf16(z[lane].value[2 * n] * scale * low_bf16(w) + low_bf16(b),
+                           z[lane].value[2 * n + 1] * scale * high_bf16(w) + high_bf16(b));
       }
       m.store(e.x + (static_cast<int64_t>(row) * e.hidden + c), out[0], out[1]);
     });

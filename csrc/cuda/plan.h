@@ -31,8 +31,8 @@ struct Plan {
   int parts;  // of the longest sum: what `Encoder::parts` must have room for, times T D floats
 };
 
-constexpr int kSmallBytes = 512;  // before the two buffers: `kSmallFloats`, rounded up
-static_assert(kSmallFloats * sizeof(float) <= kSmallBytes);
+constexpr int kSmallBytes = 512;  // before the two buffers: `kSmallWords`, rounded up
+static_assert(kSmallWords * sizeof(float) <= kSmallBytes);
 
 /// Bytes that a unit of attention takes of a buffer.
 constexpr int attention_bytes(int head_size) {

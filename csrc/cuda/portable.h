@@ -14,8 +14,10 @@
 #endif
 #if defined(__CUDA_ARCH__)
 #define UNROLL _Pragma("unroll")
+#define UNROLL_4 _Pragma("unroll 4")
 #else
 #define UNROLL
+#define UNROLL_4
 #endif
 
 namespace dynabert::cuda {

@@ -22,7 +22,10 @@ enum class Step : int { kQkv, kAttention, kOut, kNorm1, kUp, kDown, kNorm2 };
 constexpr int kSteps = 7;
 constexpr int kMostLayers = 30;            // as many as fit into the 4 KB of a kernel's arguments
 constexpr int kMostHidden = 4 * kThreads;  // a thread normalises four columns
-constexpr int kSmallFloats = kMostColumns + 2 * kWarps;
+// Small things in shared memory, in words of 4 bytes: a unit's bias, sums of a norm, where sequences begin.
+constexpr int kSmallSums = kMostColumns, kSmallOffsets = kSmallSums + 2 * kWarps;
+constexpr int kKeptSequences = 32;  // of more, offsets are read where they are
+constexpr int kSmallWords = kSmallOffsets + kKeptSequences + 1;
 
 /// Sizes of a unit of a product.
 struct Tiling {

@@ -161,6 +161,7 @@ class Kernel {
       Block& s = blocks_[b];
       s.memory.assign(bytes / 16, Word4{{~0u, ~0u, ~0u, ~0u}});  // NaN
       s.full = kSmallBytes, s.empty = kSmallBytes + e.buffer_bytes;
+      each_warp(b, [&](Simulated& m) { keep_offsets(m, e_); });
       s.next = settle(e, {0, b}, b, Tile::kRows);
       fetch(b, s.full);
     }
@@ -248,17 +249,15 @@ class Kernel {
     const Layer& l = e_.layer[phase / kSteps];
     const bool first = step_of(phase) == Step::kNorm1;
     const int parts = splits(product(e_, phase - 1));
-    float* sums = small(b) + kMostColumns;
+    const Bf16* bias = first ? l.out_bias : l.down_bias;
+    const Bf16* scales = first ? l.norm1_weight : l.norm2_weight;
+    const Bf16* shifts = first ? l.norm1_bias : l.norm2_bias;
+    float* sums = small(b) + kSmallSums;
     for (int row = b; row < e_.tokens; row += grid_) {
       auto norm = std::make_unique<NormRow<Simulated>[]>(kWarps);
-      each_warp(b, [&](Simulated& m) {
-        norm[m.warp].gather(m, e_, first ? l.out_bias : l.down_bias, parts, row, sums);
-      });
+      each_warp(b, [&](Simulated& m) { norm[m.warp].gather(m, e_, bias, scales, shifts, parts, row, sums); });
       each_warp(b, [&](Simulated& m) { norm[m.warp].centre(m, e_, sums); });
-      each_warp(b, [&](Simulated& m) {
-        norm[m.warp].store(m, e_, first ? l.norm1_weight : l.norm2_weight,
-                           first ? l.norm1_bias : l.norm2_bias, row, sums);
-      });
+      each_warp(b, [&](Simulated& m) { norm[m.warp].store(m, e_, row, sums); });
     }
   }
 
@@ -394,6 +393,14 @@ TEST(tokens_of_no_sequence_and_sequences_of_no_token) {
   const Subnet net = subnet(kTiny, 0.5, 0.5);
   compare(model, net, {{1, 1}, 3, {0, 5, 5, 5}, 16, Activation::kGelu, true});
   compare(model, net, {{2, 2}, 40, {0, 0, 21}, 32, Activation::kGelu, true});
+}
+
+TEST(more_sequences_than_are_kept) {
+  const Model model(kTiny);
+  std::vector<int64_t> offsets = {0};
+  for (int i = 0; i < kKeptSequences + 3; ++i) offsets.push_back(offsets.back() + 1 + i % 3);
+  const int tokens = static_cast<int>(offsets.back());
+  compare(model, subnet(kTiny, 0.5, 0.5), {{2, 2}, 9, offsets, tokens, Activation::kGelu, true});
 }
 
 TEST(activations) {

@@ -44,7 +44,7 @@ class PersistentEncoder {
                     const std::string& activation, float eps,
                     const std::vector<std::array<uintptr_t, kWeights>>& weights,
                     const std::vector<std::pair<int, int>>& extents,
-                    std::optional<std::pair<int, int>> device) {
+                    std::optional<std::pair<int, int>> device, int tile_rows) {
     if (weights.size() != extents.size() || weights.size() > kMostLayers) {
       throw std::invalid_argument("there must be the extents of each of 1 to " + std::to_string(kMostLayers) +
                                   " layers, got " + std::to_string(weights.size()) + " layers, " +
@@ -81,7 +81,7 @@ class PersistentEncoder {
         if (address % 16) throw std::invalid_argument("weights must begin at multiples of 16 bytes");
       }
     }
-    plan_ = plan(e_, device ? Device{device->first, device->second} : current_device());
+    plan_ = plan(e_, device ? Device{device->first, device->second} : current_device(), tile_rows);
     lay_out();
   }
 
@@ -165,13 +165,16 @@ PYBIND11_MODULE(_cuda, module) {
   py::register_exception<CudaError>(module, "CudaError", PyExc_RuntimeError);
   py::register_exception<MatmulError>(module, "MatmulError", PyExc_RuntimeError);
   module.attr("architectures") = DYNABERT_CUDA_ARCHITECTURES;
+  std::vector<int> rows;
+  for (TileShape tile : kTileShapes) rows.push_back(tile.rows());
+  module.attr("tile_rows") = rows;
   py::class_<PersistentEncoder>(module, "PersistentEncoder")
       .def(py::init<int, int, int, int, int, std::string, float,
                     std::vector<std::array<uintptr_t, PersistentEncoder::kWeights>>,
-                    std::vector<std::pair<int, int>>, std::optional<std::pair<int, int>>>(),
+                    std::vector<std::pair<int, int>>, std::optional<std::pair<int, int>>, int>(),
            py::arg("tokens"), py::arg("sequences"), py::arg("longest"), py::arg("hidden"),
            py::arg("head_size"), py::arg("activation"), py::arg("eps"), py::arg("weights"),
-           py::arg("extents"), py::arg("device") = py::none())
+           py::arg("extents"), py::arg("device") = py::none(), py::arg("tile_rows") = 0)
       .def_property_readonly("workspace_bytes", &PersistentEncoder::workspace_bytes)
       .def_property_readonly("blocks", &PersistentEncoder::blocks)
       .def_property_readonly("tile_rows", &PersistentEncoder::tile_rows)

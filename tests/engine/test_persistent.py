@@ -81,6 +81,31 @@ def test_plans(built, make_model, device):
             assert layers.plan(tokens, 1, tokens, subnet) is plan
 
 
+def test_the_fastest_kernel_is_measured_once(built, make_model, monkeypatch):
+    import triton.testing
+
+    layers = PersistentLayers(make_model(base=True, dtype=torch.bfloat16, **SIZES), H200)
+    ran, timed = [], []
+    monkeypatch.setattr(layers, "_run", lambda plan, x, offsets: ran.append(plan.tile_rows))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def do_bench(run, **_):
+        run()
+        timed.append(ran.pop())
+        return abs(timed[-1] - 32)
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    x, offsets = torch.zeros(16, 96, dtype=torch.bfloat16), torch.tensor([0, 16])
+    subnet = Subnet.full(layers._config)
+    for _ in range(3):
+        layers(x, offsets, 16, subnet)
+    assert timed == built.tile_rows == [16, 32, 64]
+    assert ran == [32, 32, 32]
+    monkeypatch.setenv("DYNABERT_FAST_TUNE", "0")
+    layers(x[:8], torch.tensor([0, 8]), 8, subnet)
+    assert len(timed) == 3
+
+
 def test_says_why_not(built, make_model):
     model = make_model(base=True, dtype=torch.bfloat16, **SIZES)
     layers = PersistentLayers(model, H200)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 WITHOUT = "or set DYNABERT_FAST_NATIVE=0 to go without the CPU engine"
@@ -108,6 +109,14 @@ class CMakeBuild(build_ext):
     """CMake builds a module in `build/`, which is kept: a second build compiles what changed."""
 
     def build_extension(self, ext: Extension) -> None:
+        try:
+            self._build(ext)
+        except SystemExit as error:
+            if not ext.optional:
+                raise
+            raise CompileError(f"going without {ext.name} ({error})") from None  # a warning
+
+    def _build(self, ext: Extension) -> None:
         chosen, cmake, ninja = compiler(), tool("cmake"), tool("ninja")
         module = ext.name.rpartition(".")[2]
         special = cuda_settings() if module == "_cuda" else {"DYNABERT_PYTHON": "ON"}
@@ -150,19 +159,23 @@ class CMakeBuild(build_ext):
         shutil.copy(folder / target.name, target)
 
 
-def extension(module: str) -> Extension:
+def extension(module: str, optional: bool = False) -> Extension:
     """One of the two; every native source is part of the source distribution."""
     kinds = (".cpp", ".h", ".inl", ".cu", ".cuh", ".txt", ".cmake")
     sources = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in kinds]
     depends = [path.relative_to(ROOT).as_posix() for path in sources]
-    return Extension(f"dynabert_fast.{module}", sources=[], depends=depends)
+    return Extension(f"dynabert_fast.{module}", sources=[], depends=depends, optional=optional)
 
 
 def extensions() -> list[Extension]:
     """Those to be built."""
     if os.environ.get("DYNABERT_FAST_NATIVE") == "0":
         return []
-    return [extension("_cpu"), *([extension("_cuda")] if wants_cuda() else [])]
+    found = [extension("_cpu")]
+    if wants_cuda():
+        # An nvcc that nobody asked for must not stand in the way of an installation.
+        found.append(extension("_cuda", optional=os.environ.get("DYNABERT_FAST_CUDA") != "1"))
+    return found
 
 
 setup(

@@ -253,6 +253,10 @@ def contract_backward(
 
 _TRITON, _CUBLASLT = "triton", "cublaslt"
 _lock = threading.RLock()
+#: Choices of this process by device, op and sizes: found without making a name or a path.
+_known: dict[tuple[Any, ...], str] = {}
+#: What the library failed with. It is then not asked again, unless it is forced.
+_failures: list[str] = []
 
 
 def cache_file(device: torch.device) -> Path:
@@ -322,36 +326,56 @@ _PLACES = {
 }
 
 
-def _kernel(name: str) -> Callable[..., Any]:
+def _forced(name: str, args: Sequence[Any], extents: Sequence[int]) -> Result:
+    """By the library, or an error."""
+    if len(extents) > 1:
+        raise InputError(
+            f"the backend 'cuda' computes {name} for one extent, got {len(extents)} row blocks; "
+            "'triton' computes them in one launch"
+        )
+    result = _OURS[name](*args)
+    if result is None:
+        x = args[_PLACES[name][0]]
+        raise InputError(f"cuBLASLt has no algorithm for {name} of {list(x.shape)} {x.dtype}")
+    return result
+
+
+def _faster(name: str, args: Sequence[Any], triton: Callable[..., Any]) -> str:
+    """Which of the two computes a call of one extent."""
     x_at, weight_at, extents_at = _PLACES[name]
+    x, weight, (extent,) = args[x_at], args[weight_at], args[extents_at]
+    flags = [a for a in args[extents_at + 2 :] if isinstance(a, bool | str)]
+    key = (token_bucket(x.shape[0]), extent, weight.shape[1], x.dtype, *flags)
+    if (found := _known.get((x.device, name, key))) is not None:
+        return found
+    capturing = torch.cuda.is_current_stream_capturing()
+    measure = os.environ.get("DYNABERT_FAST_TUNE") != "0" and not capturing
+    runs = {_TRITON: lambda: triton(*args), _CUBLASLT: lambda: _OURS[name](*args)}
+    found = choose(f"{name} {key}", x.shape[0], runs, cache_file(x.device), measure)
+    if not capturing:
+        _known[x.device, name, key] = found
+    return found
+
+
+def _kernel(name: str) -> Callable[..., Any]:
+    x_at, _, extents_at = _PLACES[name]
 
     def call(*args: Any) -> Any:
-        x, weight, extents = args[x_at], args[weight_at], args[extents_at]
-        forced = forced_backend() == "cuda"
-        if forced and len(extents) > 1:
-            raise InputError(
-                f"the backend 'cuda' computes {name} for one extent, got {len(extents)} row "
-                "blocks; 'triton' computes them in one launch"
-            )
-        if not x.shape[0]:
+        extents = args[extents_at]
+        if not args[x_at].shape[0]:
             return backends()["reference"].kernels[name](*args)
+        if forced_backend() == "cuda":
+            return _forced(name, args, extents)
         triton = backends()["triton"].kernels[name]
-        if len(extents) > 1:
+        if len(extents) > 1 or _failures:
             return triton(*args)
-        if not forced:
-            flags = [a for a in args[extents_at + 2 :] if isinstance(a, bool | str)]
-            key = (token_bucket(x.shape[0]), extents[0], weight.shape[1], x.dtype, *flags)
-            runs = {_TRITON: lambda: triton(*args), _CUBLASLT: lambda: _OURS[name](*args)}
-            measure = (
-                os.environ.get("DYNABERT_FAST_TUNE") != "0"
-                and not torch.cuda.is_current_stream_capturing()
-            )
-            path = cache_file(x.device)
-            if choose(f"{name} {key}", x.shape[0], runs, path, measure) == _TRITON:
-                return triton(*args)
-        result = _OURS[name](*args)
-        if result is None and forced:
-            raise InputError(f"cuBLASLt has no algorithm for {name} of {list(x.shape)} {x.dtype}")
+        result = None
+        try:
+            if _faster(name, args, triton) == _CUBLASLT:
+                result = _OURS[name](*args)
+        except cuda_module().MatmulError as error:
+            _failures.append(str(error))
+            logger.warning("%s: %s; Triton computes all products from now on", name, error)
         return triton(*args) if result is None else result
 
     call.__name__ = name

@@ -178,6 +178,64 @@ def test_without_an_algorithm(library):
         ops.expand(x, weight, bias, 16)
 
 
+@pytest.fixture
+def unforced(library, monkeypatch, tmp_path):
+    """Calls are the library's or Triton's by the table; Triton's are counted, in plain torch."""
+    calls: list[str] = []
+
+    def triton(name):
+        def run(*args):
+            calls.append(name)
+            return registry._backends["reference"].kernels[name](*args)
+
+        return run
+
+    before = registry._backends["triton"]
+    registry.register("triton", Backend(kernels={n: triton(n) for n in cuda._OURS}))
+    monkeypatch.setattr(cuda, "cache_file", lambda device: tmp_path / "choices.json")
+    monkeypatch.setattr(cuda, "_failures", [])
+    monkeypatch.setattr(cuda, "_known", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("DYNABERT_FAST_TUNE", "0")
+    yield calls
+    registry.register("triton", before)
+
+
+@pytest.mark.parametrize(("tokens", "theirs"), [(7, 1), (300, 0)])
+def test_by_default_the_library_has_the_larger_products(library, unforced, tokens, theirs):
+    x, weight, bias = (t.bfloat16() for t in inputs((tokens, D), (16, D), (16,)))
+    with torch.no_grad():
+        ops.expand(x, weight, bias, 8)
+    assert unforced.count("expand") == theirs
+    assert len(library.calls) == 1 - theirs
+
+
+def test_a_staircase_is_tritons(library, unforced):
+    x, weight, bias = (t.bfloat16() for t in inputs((600, D), (16, D), (16,)))
+    with torch.no_grad():
+        ops.expand(x, weight, bias, [16, 8], [300, 300])
+    assert unforced == ["expand"]
+    assert library.calls == []
+
+
+def test_a_library_that_fails_is_not_asked_again(library, unforced, monkeypatch, caplog):
+    def fail(**call):
+        raise library.MatmulError("cublasLtMatmul failed with cuBLAS status 14")
+
+    monkeypatch.setattr(library, "matmul", fail)
+    x, weight, bias = (t.bfloat16() for t in inputs((300, D), (16, D), (16,)))
+    with torch.no_grad():
+        for _ in range(2):
+            ops.expand(x, weight, bias, 8)
+        assert unforced == ["expand", "expand"]
+        assert [r.getMessage() for r in caplog.records if r.name == cuda.logger.name] == [
+            "expand: cublasLtMatmul failed with cuBLAS status 14; "
+            "Triton computes all products from now on"
+        ]
+        with ops.use_backend("cuda"), pytest.raises(library.MatmulError):
+            ops.expand(x, weight, bias, 8)
+
+
 def test_choices_are_measured_once_and_kept(tmp_path, monkeypatch):
     import triton.testing
 

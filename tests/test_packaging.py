@@ -14,10 +14,13 @@ import tomllib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from setuptools import Distribution
+from setuptools.errors import CompileError
 
 from dynabert_fast import engine
 from dynabert_fast.engine.packing import read_file
@@ -192,6 +195,36 @@ def test_a_cuda_that_cannot_be_built_is_one_line(source, env, message):
     assert "Traceback" not in done.stderr
 
 
+def setup_functions() -> dict[str, Any]:
+    """What setup.py defines, without the call of `setup`."""
+    code = (ROOT / "setup.py").read_text().partition("\nsetup(")[0]
+    names: dict[str, Any] = {"__file__": str(ROOT / "setup.py")}
+    exec(compile(code, "setup.py", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("asked", [None, "auto", "1"])
+def test_only_a_cuda_module_that_was_asked_for_is_needed(monkeypatch, asked):
+    monkeypatch.delenv("DYNABERT_FAST_CUDA", raising=False)
+    if asked:
+        monkeypatch.setenv("DYNABERT_FAST_CUDA", asked)
+    monkeypatch.setenv("CUDACXX", sys.executable)  # some program
+    names = setup_functions()
+    cpu, cuda = names["extensions"]()
+    assert (cpu.optional, cuda.optional) == (False, asked != "1")
+
+    def fail(self, ext):
+        raise SystemExit("error: ninja failed with code 1, see above")
+
+    monkeypatch.setattr(names["CMakeBuild"], "_build", fail)
+    command = names["CMakeBuild"](Distribution())
+    kind = SystemExit if asked == "1" else CompileError  # which setuptools warns of
+    with pytest.raises(kind, match="ninja failed"):
+        command.build_extension(cuda)
+    with pytest.raises(SystemExit):
+        command.build_extension(cpu)
+
+
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
@@ -207,9 +240,7 @@ def test_architectures(monkeypatch, asked, named):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     if asked is not None:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
-    code = (ROOT / "setup.py").read_text().partition("\nsetup(")[0]
-    names = {"__file__": str(ROOT / "setup.py")}
-    exec(compile(code, "setup.py", "exec"), names)
+    names = setup_functions()
     if named is None:
         with pytest.raises(SystemExit, match=r"compute capabilities from 8\.0 on"):
             names["architectures"]()

@@ -167,8 +167,7 @@ def test_wheel_without_the_native_module_runs_on_any_machine(source, tmp_path):
 
 @pytest.mark.slow
 def test_wheel_with_the_cuda_module(source, tmp_path):
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
+    if setup_functions()["nvcc"]() is None:
         pytest.skip("needs nvcc: install the CUDA toolkit, or dynabert-fast[cuda-build]")
     wheel = make_wheel(source, tmp_path, DYNABERT_FAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a")
     with zipfile.ZipFile(wheel) as archive:

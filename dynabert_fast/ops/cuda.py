@@ -369,11 +369,11 @@ def _kernel(name: str) -> Callable[..., Any]:
         triton = backends()["triton"].kernels[name]
         if len(extents) > 1 or _failures:
             return triton(*args)
-        result = None
+        result, module = None, cuda_module()
         try:
             if _faster(name, args, triton) == _CUBLASLT:
                 result = _OURS[name](*args)
-        except cuda_module().MatmulError as error:
+        except (module.MatmulError, module.CudaError) as error:
             _failures.append(str(error))
             logger.warning("%s: %s; Triton computes all products from now on", name, error)
         return triton(*args) if result is None else result

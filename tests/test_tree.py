@@ -154,6 +154,9 @@ def test_the_papers_grid_needs_little_more_than_its_deepest():
     assert sum(len(s.layers) for s in tree.subnets) == 52
     assert [len(level.heads) for level in tree.levels] == [4, 4, 8, 4, 12, 4]
     assert tree.nodes == 36
+    # All widths of a depth go on together; only the embeddings are copied one by one.
+    assert [len(level.sources) for level in tree.levels] == [4, 1, 2, 1, 3, 1]
+    assert [level.pieces for level in tree.levels] == [(4,), (4,), (4, 4), (4,), (8, 4), (4,)]
     # The widest is first: rows of a prefix of the weights stand together.
     assert tree.levels[0].heads == (4, 3, 2, 1)
     assert tree.levels[0].neurons == (40, 30, 20, 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,11 +176,13 @@ def _fit(args: argparse.Namespace) -> None:
         latency_rounds=args.latency_rounds,
     )
     check_options(load_config(args.model), options)
-    if not args.resume:
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes: it makes the folder
+    if first and not args.resume:
         new_folder(args.output)
     grid = fit(args.model, shared.load_data(args), args.output, options, args.resume)
-    print(grid.to_markdown())
-    print(f"report: {args.output / 'report.html'}")
+    if first:
+        print(grid.to_markdown())
+        print(f"report: {args.output / 'report.html'}")
 
 
 def _finetune(args: argparse.Namespace) -> None:

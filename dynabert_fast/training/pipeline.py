@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from dynabert_fast.data import Collator, EncodedDataset, Examples, TaskData
@@ -292,6 +293,8 @@ def fit(
 ) -> Grid:
     """Run the whole pipeline and return the grid of the trained model.
 
+    Under `torchrun` all processes train; the first does what is not training, and says what runs.
+
     Args:
         source: Pretrained encoder: folder or hub id.
         data: The task.
@@ -308,7 +311,10 @@ def fit(
     output, options = Path(output), options or FitOptions()
     check_options(load_config(source), options)
     settings = _settings(source, data, options)
-    begun = _begun(output, settings, resume)
+    processes = PartialState()
+    first = processes.is_main_process
+    progress = progress and first
+    begun = not first or _begun(output, settings, resume)
     teacher, rewired = output / "teacher", output / "rewired"
     width, dynabert, final = output / "width", output / "dynabert", output / "final"
     encoded = stage_data(data, load_tokenizer(source), options.max_length)
@@ -319,26 +325,28 @@ def fit(
         output.mkdir(parents=True, exist_ok=True)
         write_aside(output / "fit.json", json.dumps(settings, indent=2) + "\n")
 
-    def step(folder: Path, title: str, run: Callable[[], None]) -> None:
+    def step(folder: Path, title: str, run: Callable[[], None], together: bool = True) -> None:
         """Run what makes `folder`, unless it is there; then it is whole."""
-        if folder.is_dir():
-            _say(progress, f"{title}: done before")
-            return
-        _say(progress, title)
-        run()
+        processes.wait_for_everyone()  # it is there for all
+        done = folder.is_dir()
+        processes.wait_for_everyone()  # everyone has looked
+        _say(progress, f"{title}: done before" if done else title)
+        if not done and (together or first):
+            run()
 
     def train(name: str, student: Path, taught_by: Path | None, folder: Path) -> None:
         examples = encoded
         if options.augmentation and options.masked_lm and taught_by:
-            examples = augmented(
-                data.train,
-                encoded,
-                options.masked_lm,
-                options.augmentation,
-                options.max_length,
-                output / "augmented.json",
-                progress,
-            )
+            with processes.main_process_first():
+                examples = augmented(
+                    data.train,
+                    encoded,
+                    options.masked_lm,
+                    options.augmentation,
+                    options.max_length,
+                    output / "augmented.json",
+                    progress,
+                )
             _say(progress, f"{len(data.train)} examples augmented to {len(examples.train)}")
         run_stage(
             options.stages[name],
@@ -364,6 +372,7 @@ def fit(
             rewired,
             "rewiring",
             lambda: rewire_checkpoint(teacher, encoded, rewired, sort, progress=progress),
+            together=False,
         )
     start = rewired if sort is not None else teacher
     step(width, "training widths", lambda: train("width", start, teacher, width))
@@ -371,8 +380,13 @@ def fit(
     if options.final:
         step(final, "final fine-tuning", lambda: train("final", dynabert, None, final))
     last = final if options.final else dynabert
+    processes.wait_for_everyone()
     _say(progress, "evaluating")
-    return evaluate_checkpoint(last, data, encoded, output, options, Path(source).name, progress)
+    if first:
+        name = Path(source).name
+        evaluate_checkpoint(last, data, encoded, output, options, name, progress)
+    processes.wait_for_everyone()
+    return Grid.load(output / "grid.json")
 
 
 def evaluate_checkpoint(

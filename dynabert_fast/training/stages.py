@@ -32,7 +32,12 @@ from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassificati
 from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
 from dynabert_fast.training.losses import Distillation
 from dynabert_fast.training.schedules import Schedule
-from dynabert_fast.training.trainer import GRID_SUM, ElasticTrainer, checkpoints
+from dynabert_fast.training.trainer import (
+    CHECKPOINTING,
+    GRID_SUM,
+    ElasticTrainer,
+    checkpoints,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -167,7 +172,6 @@ class TrainingOptions:
             # It waits for the device after every step. The Trainer's `_watch_loss` does not; only
             # fp16 goes on after a loss that is not finite, which should not spoil the mean.
             logging_nan_inf_filter=self.precision == "fp16",
-            gradient_checkpointing=self.checkpointing,
             seed=self.seed,
             report_to="none",
             disable_tqdm=not progress,
@@ -177,6 +181,7 @@ class TrainingOptions:
             remove_unused_columns=False,
             # Copies to the device from pinned memory.
             accelerator_config={"non_blocking": torch.cuda.is_available()},
+            **({CHECKPOINTING: True} if self.checkpointing else {}),
         )
 
 

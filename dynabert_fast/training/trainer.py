@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import re
 import shutil
@@ -45,6 +46,13 @@ from dynabert_fast.tree import SubnetTree
 
 #: Name of the sum of the primary metric over the grid, which chooses the best checkpoint.
 GRID_SUM = "grid_sum"
+
+#: The training argument that computes layers again in the backward pass; it has had two names.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -126,6 +134,7 @@ class ElasticTrainer(Trainer):
             return TreeDistillation(recipe, teacher.config, tree)
 
         self._lesson = lesson
+        self._make_passes = functools.lru_cache(maxsize=64)(_make_passes)
         self._eval_batches = make_batches(
             eval_dataset, data_collator, args.per_device_eval_batch_size
         )
@@ -169,7 +178,7 @@ class ElasticTrainer(Trainer):
             tokens,
             half=self.args.bf16 or self.args.fp16,
             hidden=hidden,
-            checkpointing=self.args.gradient_checkpointing,
+            checkpointing=bool(getattr(self.args, CHECKPOINTING)),
         )
         return memory, tokens
 
@@ -214,7 +223,7 @@ class ElasticTrainer(Trainer):
     def _passes(self) -> tuple[SubnetTree, ...]:
         """The step's sub-networks; those that share most come together in one pass."""
         subnets = self.schedule.choose(self.subnets, self.args.seed, self.state.global_step)
-        return _make_passes(subnets, self.subnets_per_pass or len(subnets))
+        return self._make_passes(subnets, self.subnets_per_pass or len(subnets))
 
     def _pass_loss(
         self, model: nn.Module, inputs: dict[str, Any], tree: SubnetTree, teaching: _Teaching
@@ -400,19 +409,27 @@ class _Teaching:
     output: Any = None
 
 
-@functools.lru_cache(maxsize=64)
 def _make_passes(subnets: tuple[Subnet, ...], most: int) -> tuple[SubnetTree, ...]:
-    """Trees of at most so many sub-networks: neighbours have the longest common beginnings."""
-    order = sorted(
-        subnets,
-        key=lambda s: [
-            (layer, -heads, -neurons)
-            for layer, heads, neurons in zip(s.layers, s.heads, s.neurons, strict=True)
-        ],
-    )
+    """Trees of at most so many sub-networks.
+
+    Where the first layer is another nothing is shared, and buffers of the narrower would be as
+    wide as those of the wider: if they do not all fit, a pass ends there rather than later.
+    """
     if most >= len(subnets):
         return (SubnetTree(subnets),)
-    return tuple(SubnetTree(order[i : i + most]) for i in range(0, len(order), most))
+
+    def path(s: Subnet) -> list[tuple[int, int, int]]:
+        steps = zip(s.layers, s.heads, s.neurons, strict=True)
+        return [(layer, -heads, -neurons) for layer, heads, neurons in steps]
+
+    passes: list[list[Subnet]] = []
+    for _, branch in itertools.groupby(sorted(subnets, key=path), lambda s: path(s)[0]):
+        own = list(branch)
+        if passes and len(passes[-1]) + len(own) <= most:
+            passes[-1] += own
+        else:
+            passes += [own[i : i + most] for i in range(0, len(own), most)]
+    return tuple(SubnetTree(own) for own in passes)
 
 
 class _ChooseEpoch(TrainerCallback):

@@ -581,7 +581,7 @@ def _sequence_table(
     for h, count in zip(heads, sequences, strict=True):
         rows += [(start, h)] * count
         start += count
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 2).to(device)
+    return common.table(rows, 2, device)
 
 
 def _adjacent(x: Tensor) -> Tensor:

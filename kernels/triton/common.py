@@ -85,8 +85,12 @@ def activation_slope(x, ACTIVATION: tl.constexpr):
 
 # Tables are kept: making one costs the host more than a launch, and its copy to the device waits
 # for the device. A first call inside the capture of a graph would copy; engines warm up before.
-def _table(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int32).reshape(len(rows), -1).to(device)
+def table(rows: list[tuple[int, ...]], columns: int, device: torch.device) -> Tensor:
+    """`[rows, columns]` int32 on the device, without waiting for it: every batch has its own."""
+    found = torch.tensor(rows, dtype=torch.int32).reshape(-1, columns)
+    if device.type == "cuda":
+        found = found.pin_memory()
+    return found.to(device, non_blocking=True)
 
 
 def row_tiles(
@@ -108,7 +112,7 @@ def _row_tiles(
         for row in range(start, start + count, block):
             tiles.append((row, min(row + block, start + count), extent))
         start += count
-    return _table(sorted(tiles, key=lambda t: -t[2]), device)
+    return table(sorted(tiles, key=lambda t: -t[2]), 3, device)
 
 
 def row_blocks(extents: Sequence[int], rows: Sequence[int], device: torch.device) -> Tensor:
@@ -123,7 +127,7 @@ def _row_blocks(extents: tuple[int, ...], rows: tuple[int, ...], device: torch.d
         if count:
             blocks.append((start, start + count, extent))
         start += count
-    return _table(blocks, device)
+    return table(blocks, 3, device)
 
 
 # --- configurations -------------------------------------------------------------------------------

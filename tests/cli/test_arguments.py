@@ -12,6 +12,7 @@ from dynabert_fast.data import Examples, Task, TaskData
 from dynabert_fast.errors import InputError
 from dynabert_fast.models import DynaBertConfig
 from dynabert_fast.subnet import DEPTHS, WIDTHS
+from dynabert_fast.training import Schedule
 
 FIT = "fit --model m --output o --train-file f --text-column t --label-column l".split()
 
@@ -74,6 +75,7 @@ def test_defaults_are_the_papers():
     assert (options.learning_rate, options.batch_size, options.epochs) == (2e-5, 32, 3.0)
     assert (options.weight_decay, options.max_grad_norm, options.warmup) == (0.0, 1.0, None)
     assert (options.max_steps, options.seed, options.precision) == (-1, 42, "fp32")
+    assert (options.schedule.kind, options.subnets_per_pass) == ("grid", None)
     found = shared.stages_of(args)
     assert (found["width"].widths, found["width"].depths) == (WIDTHS, (1.0,))
     assert (found["depth"].widths, found["depth"].depths) == (WIDTHS, DEPTHS)
@@ -90,6 +92,7 @@ def test_every_option_reaches_the_trainer():
         *"--epochs 4 --max-steps 7 --batch-size 3 --learning-rate 0.1 --warmup 0.2".split(),
         *"--weight-decay 0.3 --max-grad-norm 0.4 --gradient-accumulation 5".split(),
         *"--eval-batch-size 6 --precision bf16 --save-every 8 --seed 9".split(),
+        *"--schedule sandwich --drawn-subnets 0 --subnets-per-pass 10 --checkpointing".split(),
     )
     options = shared.training_options(args)
     assert vars(options) == {
@@ -105,6 +108,9 @@ def test_every_option_reaches_the_trainer():
         "eval_batch_size": 6,
         "precision": "bf16",
         "save_every": 8,
+        "schedule": Schedule("sandwich", 0),
+        "subnets_per_pass": 10,
+        "checkpointing": True,
         "seed": 9,
     }
 

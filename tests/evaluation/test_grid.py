@@ -195,6 +195,107 @@ def test_scores_are_the_metrics_of_each_subnets_predictions() -> None:
     assert total_score(scores) == pytest.approx(sum(s["accuracy"] for s in scores.values()))
 
 
+def record_calls(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
+    """What each forward pass ran, and on how many sequences."""
+    calls, forward = [], model.forward
+
+    def record(*, subnet: Any, **inputs: torch.Tensor) -> Any:
+        calls.append((subnet, len(inputs["input_ids"])))
+        return forward(**inputs, subnet=subnet)
+
+    monkeypatch.setattr(model, "forward", record)
+    return calls
+
+
+@pytest.mark.parametrize("regression", [False, True], ids=["classes", "regression"])
+@pytest.mark.parametrize("backbone", ["bert", "roberta"])
+def test_scores_of_all_together_are_those_of_each(backbone: str, regression: bool) -> None:
+    model = make_model(backbone, num_labels=1 if regression else 2).double()
+    metric = "spearman" if regression else "accuracy_f1"
+    explicit = Subnet.from_extents(model.config, (0, 2), (1, 3), (5, 32))
+    # Out of order, and one twice.
+    subnets = [explicit, *grid(model.config)[::-1], explicit]
+    batches = make_batches(make_rows(backbone, regression), Collator(1), 3)
+    scores = score_grid(model, batches, subnets, metric, progress=False)
+    alone = {s: score_grid(model, batches, [s], metric, progress=False) for s in subnets}
+    assert list(scores) == list(dict.fromkeys(map(str, subnets)))
+    for subnet in subnets:
+        logits = predict(model, batches, subnet)
+        want = compute_metrics(metric, logits, batches.labels)
+        assert scores[str(subnet)] == pytest.approx(want)
+        assert alone[subnet][str(subnet)] == pytest.approx(want)
+    assert len({tuple(values.values()) for values in scores.values()}) > 3
+
+
+def test_each_batch_is_computed_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    calls = record_calls(model, monkeypatch)
+    batches = make_batches(make_rows(), Collator(0), 4)
+    score_grid(model, batches, grid(model.config), "accuracy", progress=False)
+    assert [count for _, count in calls] == [4, 4, 3]
+    assert all(tree.subnets == tuple(grid(model.config)) for tree, _ in calls)
+
+
+def test_a_large_batch_is_split_so_that_memory_is_that_of_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, subnets = make_model(), grid(make_model().config)
+    batches = make_batches(make_rows(), Collator(0), 11)  # 11 sequences of up to 13 tokens
+    want = score_grid(model, batches, subnets, "matthews", progress=False)
+    for most, sizes in {
+        8 * 13 * 5: [5, 5, 1],  # 8 nodes in the layer that has most
+        8 * 13 * 5 - 1: [4, 4, 3],
+        1: [1] * 11,  # the batch itself is 143 rows: one sequence of 8 nodes takes 104
+    }.items():
+        monkeypatch.setattr(grid_module, "_ROWS", most)
+        with monkeypatch.context() as patch:
+            calls = record_calls(model, patch)
+            assert score_grid(model, batches, subnets, "matthews", progress=False) == want
+            assert [count for _, count in calls] == sizes
+            calls.clear()
+            # A sub-network by itself is never split.
+            score_grid(model, batches, subnets[:1], "matthews", progress=False)
+            assert [count for _, count in calls] == [11]
+
+
+def test_an_engine_runs_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine(torch.nn.Module):
+        """Takes a `Subnet`, as `PackedModel` does."""
+
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *, subnet: Subnet, **inputs: torch.Tensor) -> Any:
+            assert isinstance(subnet, Subnet)
+            return self.model(**inputs, subnet=subnet)
+
+    model = make_model()
+    batches = make_batches(make_rows(), Collator(0), 4)
+    subnets = grid(model.config)
+    want = score_grid(model, batches, subnets, "accuracy", progress=False)
+    assert score_grid(Engine(model), batches, subnets, "accuracy", progress=False) == want
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_bar_is_full_in_the_end(
+    together: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = make_model(), make_batches(make_rows(), Collator(0), 4)
+    if not together:
+        monkeypatch.setattr(grid_module, "_predict_all", lambda *_: None)
+    score_grid(model, batches, grid(model.config), "accuracy")
+    assert "36/36" in capsys.readouterr().err
+
+
+def test_an_unknown_metric_fails_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    calls = record_calls(model, monkeypatch)
+    with pytest.raises(InputError, match="nonsense"):
+        score_grid(model, make_batches(make_rows(), Collator(0)), grid(model.config), "nonsense")
+    assert not calls
+
+
 def test_progress_bar_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
     model, batches = make_model(), make_batches(make_rows(), Collator(0))
     subnets = grid(model.config)

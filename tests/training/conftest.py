@@ -145,6 +145,8 @@ def make_trainer(make_student, make_data, tmp_path) -> Callable[..., ElasticTrai
             teacher=make_student(kind, **{**fields, "seed": 1}) if distils else None,
             recipe=chosen.recipe,
             tokens_per_step=options.tokens_per_step,
+            schedule=options.schedule,
+            subnets_per_pass=options.subnets_per_pass,
             save_every=options.save_every,
             processing_class=data.tokenizer,
         )

@@ -25,6 +25,7 @@ OPTIONS = {"epochs": 2.0, "learning_rate": 1e-3, "save_every": 2}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulation": {"gradient_accumulation": 2},
+    "passes": {"subnets_per_pass": 2},
     "tokens": {"tokens_per_step": 64, "texts": "unequal"},
     "dropout": {"seed": 1},  # resumed, below
 }
@@ -51,6 +52,10 @@ def train(
         resume=True,
         progress=False,
     )
+
+
+LAUNCH = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+SETTINGS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class Observed:
@@ -85,7 +90,7 @@ def work(folder: Path) -> None:
     """What each of the two processes does."""
     torch.set_num_threads(1)
     seen = {}
-    for name in ("plain", "accumulation", "tokens"):
+    for name in ("plain", "accumulation", "passes", "tokens"):
         with Observed() as seen[name]:
             train(folder, folder / name, batch_size=4, **SCENARIOS[name])
     # Interrupted in the second epoch, after a step of it, and resumed.
@@ -118,11 +123,9 @@ def folder(tmp_path_factory, make_task, make_student, tokenizer):
     for name, part in (("train", task.train), ("dev", task.dev), ("unequal", unequal.train)):
         lines = [f"{text},{label}" for text, label in zip(part.texts, part.labels, strict=True)]
         (folder / f"{name}.csv").write_text("\n".join(["text,label", *lines]))
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, *launch, __file__, str(folder)],
-        env=os.environ | settings,
+        [sys.executable, *LAUNCH, __file__, str(folder)],
+        env=os.environ | SETTINGS,
         capture_output=True,
         text=True,
         timeout=300,
@@ -137,7 +140,7 @@ def seen(folder):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", ["plain", "accumulation", "tokens"])
+@pytest.mark.parametrize("name", ["plain", "accumulation", "passes", "tokens"])
 def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path, name):
     train(folder, tmp_path / "one", batch_size=8, **SCENARIOS[name])
     one, two, start = (
@@ -155,9 +158,10 @@ def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path, name):
 
 def test_gradients_are_exchanged_once_a_step(seen):
     for process in seen:
-        assert process["plain"][1] == ([False] * 3 + [True]) * 6
+        assert process["plain"][1] == [True] * 6
+        assert process["passes"][1] == [False, True] * 6
         # The epoch's third batch makes a step of its own.
-        assert process["accumulation"][1] == ([False] * 7 + [True] + [False] * 3 + [True]) * 2
+        assert process["accumulation"][1] == [False, True, True] * 2
 
 
 def test_processes_have_unequal_parts_of_a_step_of_tokens(seen):
@@ -191,3 +195,28 @@ def test_resumed_in_the_second_epoch(folder, seen):
     whole, resumed = (folder / name / "model.safetensors" for name in ("whole", "resumed"))
     assert whole.read_bytes() == resumed.read_bytes()
     assert not list(folder.glob("*.checkpoints"))
+
+
+def test_fit_in_two_processes(folder, tmp_path):
+    """The command under torchrun: every folder is made once, and one process speaks."""
+    out = tmp_path / "out"
+    options = (
+        f"--model {folder}/student --train-file {folder}/train.csv --dev-file {folder}/dev.csv"
+    )
+    options += f" --text-column text --label-column label --output {out} --max-length 16"
+    options += " --epochs 1 --batch-size 4 --latency-rounds 1 --latency-length 8"
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, "-m", "dynabert_fast.cli.main", "fit", *options.split()],
+        env=os.environ | SETTINGS,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"teacher", "rewired", "width", "dynabert", "grid.json"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert not list(out.glob("*.checkpoints"))
+    assert done.stdout.count("report: ") == 1
+    for stage in ("finetune", "width", "depth"):  # 24 texts, 4 in each of two processes
+        assert done.stdout.count(f"{stage}: step 3/3, ") == 1

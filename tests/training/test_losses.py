@@ -10,7 +10,13 @@ from torch.nn import functional as F
 
 from dynabert_fast.errors import InputError
 from dynabert_fast.subnet import Subnet, grid
-from dynabert_fast.training import Distillation, distillation_loss, matched_layers
+from dynabert_fast.training import (
+    Distillation,
+    TreeDistillation,
+    distillation_loss,
+    matched_layers,
+)
+from dynabert_fast.tree import SubnetTree
 
 
 def config_of(layers: int) -> SimpleNamespace:
@@ -148,3 +154,103 @@ def test_explicit_extents_learn_from_the_full_width():
         assert Distillation(teacher_width=choice).teacher_subnet(config, student) == Subnet.full(
             config
         )
+
+
+# --- a tree of students ---------------------------------------------------------------------------
+
+# For 4 layers of 4 heads and 40 neurons.
+STUDENTS = {
+    "grid": [f"w{w:.2f}-d{d:.2f}" for d in (1, 0.75, 0.5) for w in (1, 0.75, 0.5, 0.25)],
+    "duplicates": ["w0.50-d0.50", "w1.00-d1.00", "w0.50-d0.50", "w0.50-d1.00"],
+    "explicit": ["l0+2+3-h3+1+4-n7+40+1", "w0.50-d0.75", "l3-h2-n13", "l0-h2-n20"],
+    # The second is the first, but for its teacher at the same width.
+    "one way, two teachers": ["w0.25-d0.50", "l0+2-h1+1-n10+10", "w0.25-d1.00"],
+    "one": ["w0.25-d0.75"],
+}
+TOKENS, WIDTH = 6, 5
+
+
+@pytest.fixture(params=STUDENTS.values(), ids=STUDENTS.keys())
+def students(request):
+    return [Subnet.parse(config_of(4), name) for name in request.param]
+
+
+def states_of(tree, generator):
+    """A random hidden state for each edge; those of one node that go several ways are the same."""
+    nodes = {}
+    for edge in tree.edges:
+        shape = (len(edge.users) * TOKENS, WIDTH)
+        state = torch.randn(shape, dtype=torch.float64, generator=generator)
+        nodes.setdefault(edge.source, state.requires_grad_())
+    return [nodes[edge.source] for edge in tree.edges]
+
+
+def own_states(tree, states):
+    """Of each sub-network: its hidden states from the first layer's input to the last."""
+    found = [[] for _ in tree.subnets]
+    for state, edge in zip(states, tree.edges, strict=True):
+        for node, users in zip(state.split(TOKENS), edge.users, strict=True):
+            for user in users:
+                found[user].append(node)
+    return found
+
+
+@pytest.mark.parametrize("classes", [1, 3], ids=["regression", "classes"])
+@pytest.mark.parametrize("width", ["same", "full"])
+@pytest.mark.parametrize(("logits", "hidden"), [(0.7, 0.3), (1.0, 0.0), (0.0, 2.0)])
+def test_a_trees_loss_is_the_sum_of_its_students(students, width, logits, hidden, classes):
+    config, generator = config_of(4), torch.Generator().manual_seed(3)
+    recipe, tree = Distillation(logits, hidden, width), SubnetTree(students)
+    lesson = TreeDistillation(recipe, config, tree)
+    assert len(set(lesson.teachers.subnets)) == len(lesson.teachers.subnets)
+
+    def randn(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    given, wanted = (
+        randn(len(students), 3, classes),
+        randn(len(lesson.teachers.subnets), 3, classes),
+    )
+    states = states_of(tree, generator) if hidden else []
+    targets = states_of(lesson.teachers, generator) if hidden else []
+    leaves = [given, *{id(s): s for s in states}.values()]
+
+    parts = lesson(given, wanted, states, targets)
+    assert [part.shape for part in parts] == [(), ()]
+    got = torch.autograd.grad(sum(parts), leaves, allow_unused=True)
+    assert all(t.grad is None for t in (wanted, *targets))
+
+    total = torch.zeros((), dtype=torch.float64)
+    of_student = own_states(tree, states) if hidden else [()] * len(students)
+    of_teacher = own_states(lesson.teachers, targets) if hidden else []
+    for i, student in enumerate(students):
+        teacher = recipe.teacher_subnet(config, student)
+        at = lesson.teachers.subnets.index(teacher)
+        aims = [of_teacher[at][k] for k in matched_layers(student, teacher)] if hidden else ()
+        total = total + distillation_loss(
+            recipe, given[i], wanted[at].detach(), of_student[i], [aim.detach() for aim in aims]
+        )
+    torch.testing.assert_close(sum(parts), total)
+    want = torch.autograd.grad(total, leaves, allow_unused=True)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_two_parts_are_of_the_logits_and_of_the_hidden_states():
+    config, generator = config_of(4), torch.Generator().manual_seed(3)
+    tree = SubnetTree(grid(config))
+    lesson = TreeDistillation(Distillation(2.0, 3.0, "full"), config, tree)
+    states, targets = states_of(tree, generator), states_of(lesson.teachers, generator)
+    given, wanted = (
+        torch.randn(n, 3, 2, dtype=torch.float64, generator=generator) for n in (12, 1)
+    )
+    of_logits, of_states = lesson(given, wanted, states, targets)
+    none = TreeDistillation(Distillation(2.0, 0.0, "full"), config, tree)
+    assert torch.equal(none(given, wanted, (), ())[0], of_logits)
+    # Means: over the examples, and over the tokens.
+    twice = lesson(given.repeat(1, 2, 1), wanted.repeat(1, 2, 1), states, targets)
+    torch.testing.assert_close(twice, (of_logits, of_states))
+    worth = sum(len(s.layers) + 1 for s in tree.subnets)  # pairs, each of which counts the same
+    far = [torch.zeros_like(t) for t in targets]
+    ones = [torch.ones_like(s) for s in states]
+    assert lesson(given, wanted, ones, far)[1].item() == pytest.approx(3.0 * worth)

@@ -113,8 +113,8 @@ def test_freed_memory_is_used_again():
         for _ in range(8):  # what is cut off for alignment settles
             touch()
         inside = min(touch() for _ in range(4))
-    outside = min(touch() for _ in range(4))
-    assert inside < pages / 1000 < outside
+    assert inside < pages / 1000
+    assert touch() > pages / 2  # the system has it back
 
 
 def test_other_allocators_are_left_alone(monkeypatch):

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from dynabert_fast.data import load_files
-from dynabert_fast.training import TrainingOptions, run_stage, stages, trainer
+from dynabert_fast.training import Schedule, TrainingOptions, run_stage, stages, trainer
 from dynabert_fast.training.pipeline import load_model, load_tokenizer, stage_data
 
 # 24 texts in batches of 4: steps 1 to 6 and 7 to 12, of two passes each. Checkpoints after 2, 4, 6
@@ -265,6 +265,7 @@ SETTINGS = {
     "part of an epoch": {"epochs": 1.5, "save_every": 3},
     "bf16": {"precision": "bf16"},
     "one pass": {"subnets_per_pass": None},
+    "sub-networks drawn anew": {"schedule": Schedule("random", 2)},
 }
 
 

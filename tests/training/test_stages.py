@@ -288,7 +288,9 @@ def test_one_line_a_report(make_data, make_student, tmp_path, capsys, progress):
     out, err = capsys.readouterr()
     # `write` of a bar clears its line first.
     lines = [line for line in re.split(r"[\r\n]+", out) if line.strip()]
-    assert [re.sub(r"0\.\d{4}", "#", line) for line in lines] == [
+    assert [re.sub(r"0\.\d{4}|\b\d+\.\d\d(?= GB|,|\))", "#", line) for line in lines] == [
+        "finetune: one network a step, batches of at most 11 tokens: about # GB "
+        "(weights and optimiser #, activations #)",
         "finetune: step 50/60, loss #, rate 1.83e-04",
         "finetune: step 60/60, accuracy #",
     ]
@@ -297,6 +299,8 @@ def test_one_line_a_report(make_data, make_student, tmp_path, capsys, progress):
 
 def test_the_grid_in_one_line(make_data, make_student, tmp_path, capsys):
     go("depth", make_student(), make_data(), tmp_path / "out", make_student(seed=1))
-    (line,) = capsys.readouterr().out.splitlines()
+    first, line = capsys.readouterr().out.splitlines()
+    assert first.startswith("depth: 12 sub-networks a step, batches of at most ")
+    assert "the teacher's hidden states" in first
     shape = r"depth: step 2/2, accuracy: w1\.00-d1\.00 # to w0\.25-d0\.50 #, mean of 12 #"
     assert re.fullmatch(shape.replace("#", r"[01]\.\d{4}"), line)

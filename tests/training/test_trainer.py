@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from dynabert_fast.subnet import Subnet
-from dynabert_fast.training import Distillation, TrainingOptions
+from dynabert_fast.training import Distillation, Schedule, TrainingOptions
 from dynabert_fast.training import trainer as module
+from dynabert_fast.training.batches import PackingCollator
 from dynabert_fast.training.trainer import checkpoints
 
 ONE_EPOCH = {"epochs": 1.0, "max_grad_norm": 0.0}  # 0: do not clip
@@ -69,7 +70,7 @@ def plain_loop(student, teacher, subnets, batch, recipe):
         if recipe is None:
             total = total + F.cross_entropy(out.logits, labels)
             continue
-        width = subnet.width if recipe.teacher_width == "same" else 1.0
+        width = (subnet.width if recipe.teacher_width == "same" else None) or 1.0
         with torch.no_grad():
             of = Subnet.from_multipliers(student.config, width)
             aim = teacher(**batch, subnet=of, output_hidden_states=True)
@@ -123,14 +124,125 @@ def test_a_step_sums_the_gradients_of_a_plain_loop(make_trainer, stage, recipe, 
     assert logged["train_loss"] == pytest.approx(loss.item(), rel=1e-6)
 
 
-def test_subnets_run_depth_outer_width_inner_descending(make_trainer):
+# Sub-networks that one pass may hold, the schedule, which teacher.
+PARTS = {
+    f"{kind}, {width}, {most or 'all'} a pass": (most, Schedule(kind, 3), width)
+    for kind, counts in {
+        "grid": (None, 1, 3, 4, 5, 12, 100),
+        "sandwich": (None, 2),
+        "random": (None, 3),
+    }.items()
+    for width in ("same", "full")
+    for most in counts
+}
+
+
+@pytest.mark.parametrize(("most", "schedule", "width"), PARTS.values(), ids=PARTS.keys())
+def test_gradients_do_not_depend_on_how_a_step_is_cut(make_trainer, most, schedule, width):
+    options = TrainingOptions(
+        batch_size=6, learning_rate=STILL, schedule=schedule, subnets_per_pass=most, **ONE_EPOCH
+    )
+    recipe = Distillation(0.7, 0.3, width)
+    trainer = make_trainer("depth", options, recipe, "many", train=6, dtype=torch.float64)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    subnets = schedule.choose(trainer.subnets, trainer.args.seed, 0)
+    batches, gradients = record_batches(trainer), Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    (batch,), (got,) = batches, gradients.steps
+    trainer.model.load_state_dict(start)
+    want, loss = plain_loop(trainer.model, trainer.teacher, subnets, batch, recipe)
+    assert want.keys() == start.keys()
+    assert_same_gradients(got, want, rtol=1e-9, atol=1e-12)
+    logged = next(entry for entry in trainer.state.log_history if "train_loss" in entry)
+    assert logged["train_loss"] == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_a_step_is_one_pass_over_all_subnets(make_trainer):
     trainer = make_trainer(options=TrainingOptions(batch_size=6, **ONE_EPOCH), train=12)
     calls = record_calls(trainer.model)
     trainer.train()
-    trained = [subnet for subnet, training, graph in calls if graph]
+    trained = [[str(s) for s in tree.subnets] for tree, training, graph in calls if graph]
     order = [f"w{w:.2f}-d{d:.2f}" for d in (1, 0.75, 0.5) for w in (1, 0.75, 0.5, 0.25)]
-    assert [str(subnet) for subnet in trained] == 2 * order  # two batches
+    assert trained == 2 * [order]  # two batches
     assert all(training == graph for _, training, graph in calls)  # evaluation: neither
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(1, [1] * 12), (2, [2, 1] * 4), (4, [3] * 4), (7, [6] * 2)]
+)
+def test_passes_hold_no_more_than_they_may(make_trainer, most, sizes):
+    options = TrainingOptions(batch_size=6, subnets_per_pass=most, **ONE_EPOCH)
+    trainer = make_trainer(options=options, train=6)
+    calls = record_calls(trainer.model)
+    trainer.train()
+    passes = [tree.subnets for tree, _, graph in calls if graph]
+    assert [len(subnets) for subnets in passes] == sizes
+    assert sorted(map(str, chain(*passes))) == sorted(map(str, trainer.subnets))
+    # The depths of a width have the most in common: they come together where they fit.
+    widths = [subnet.width for subnet in chain(*passes)]
+    assert widths == sorted(widths, reverse=True)
+
+
+@pytest.mark.parametrize("most", [None, 1, 4])
+def test_every_layer_is_called_once_in_a_pass(make_trainer, most):
+    options = TrainingOptions(batch_size=6, subnets_per_pass=most, **ONE_EPOCH)
+    trainer = make_trainer(options=options, train=12)
+    found = []
+    for part in (trainer.model, trainer.teacher):
+        for i, layer in enumerate(part.dynabert.encoder.layer):
+            layer.register_forward_pre_hook(
+                lambda layer, _, i=i, part=part: (
+                    found.append(("student" if part is trainer.model else "teacher", i))
+                    if trainer.model.training
+                    else None
+                )
+            )
+    calls = record_calls(trainer.model), record_calls(trainer.teacher)
+    trainer.train()
+    for name, own in zip(("student", "teacher"), calls, strict=True):
+        trees = [tree for tree, training, graph in own if graph or name == "teacher"]
+        wanted = [level.layer for tree in trees for level in tree.levels]
+        assert [i for who, i in found if who == name] == wanted
+    assert len(calls[1]) == 2 * {None: 1, 1: 4, 4: 4}[most]
+
+
+def test_each_step_draws_anew(make_trainer):
+    schedule = Schedule("random", 2)
+    trainer = make_trainer(
+        options=TrainingOptions(batch_size=2, schedule=schedule, seed=7, **ONE_EPOCH), train=12
+    )
+    calls = record_calls(trainer.model)
+    trainer.train()
+    found = [tree.subnets for tree, _, graph in calls if graph]
+    assert found == [schedule.choose(trainer.subnets, 7, step) for step in range(6)]
+    assert len(set(found)) == 6
+
+
+def test_accumulated_batches_train_the_same_subnets(make_trainer):
+    options = TrainingOptions(
+        batch_size=2, gradient_accumulation=3, schedule=Schedule("random"), **ONE_EPOCH
+    )
+    trainer = make_trainer(options=options, train=12)
+    calls = record_calls(trainer.model)
+    trainer.train()
+    found = [tree.subnets for tree, _, graph in calls if graph]
+    assert found[0] == found[1] == found[2] != found[3] == found[4] == found[5]
+
+
+def test_other_collators_batches_are_packed(make_trainer):
+    trainer = make_trainer(options=TrainingOptions(learning_rate=STILL), dtype=torch.float64)
+    trainer.current_gradient_accumulation_steps = 1  # which `train` sets
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
+    packed = PackingCollator(trainer.data_collator)([trainer.train_dataset[i] for i in range(6)])
+    losses, found = [], []
+    for inputs in (batch, packed):
+        trainer.model.zero_grad()
+        losses.append(trainer.training_step(trainer.model, dict(inputs)))
+        found.append({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+    assert torch.equal(*losses)
+    assert not losses[0].requires_grad
+    assert_same_gradients(*found, rtol=0, atol=0)
 
 
 TEACHER_PASSES = {
@@ -142,13 +254,23 @@ TEACHER_PASSES = {
 
 
 @pytest.mark.parametrize(("stage", "width", "wanted"), TEACHER_PASSES.values(), ids=TEACHER_PASSES)
-def test_one_teacher_pass_per_batch_and_width(make_trainer, stage, width, wanted):
+def test_one_teacher_pass_per_batch_with_each_width_once(make_trainer, stage, width, wanted):
     options = TrainingOptions(batch_size=4, **ONE_EPOCH)
     trainer = make_trainer(stage, options, Distillation(1.0, 0.5, width), train=12)
     calls = record_calls(trainer.teacher)
     trainer.train()
-    assert [(s.width, s.depth) for s, *_ in calls] == 3 * [(w, 1.0) for w in wanted]
+    found = [[(s.width, s.depth) for s in tree.subnets] for tree, *_ in calls]
+    assert found == 3 * [[(w, 1.0) for w in wanted]]
     assert not any(training or graph for _, training, graph in calls)
+
+
+@pytest.mark.parametrize("most", [1, 3, 5])
+def test_a_full_teacher_is_asked_once_a_step(make_trainer, most):
+    options = TrainingOptions(batch_size=4, subnets_per_pass=most, **ONE_EPOCH)
+    trainer = make_trainer("depth", options, Distillation(1.0, 0.5, "full"), train=12)
+    calls = record_calls(trainer.teacher)
+    trainer.train()
+    assert len(calls) == 3
 
 
 def test_the_teacher_does_not_change(make_trainer, same_weights):

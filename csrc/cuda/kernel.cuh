@@ -13,20 +13,17 @@
 // shared memory. It is also the same code on sm_80. Why `cp.async`, not bulk copies: those write rows as they
 // lie in memory, which would have to be padded or swizzled, transposed on reading, and fenced; 16 bytes a
 // lane land where they are read, by the generic proxy.
-//
-// Shared memory: `kSmallBytes`, then two buffers. One holds the weights of the unit being computed, then its
-// sums; the other receives the weights of the next. Attention has the first when no product needs it.
 #pragma once
 
-#include "phases.h"
-#include "plan.h"
+#include "body.h"
 
 namespace dynabert::cuda {
 
-/// `M` of phases.h on a GPU.
+/// `M` of phases.h and body.h on a GPU.
 struct Gpu {
-  int warp;
+  int warp, block, grid;
   char* shared;
+  uint32_t* barrier;
 
   __device__ __forceinline__ Word4 activations(const Bf16* p) const {
     const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p));
@@ -55,109 +52,34 @@ struct Gpu {
   __device__ __forceinline__ void store(float* p, const Float4& v) const {
     *reinterpret_cast<float4*>(p) = make_float4(v.value[0], v.value[1], v.value[2], v.value[3]);
   }
+
+  __device__ __forceinline__ void sync() const { __syncthreads(); }
+  __device__ __forceinline__ void copies_arrive() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
+  __device__ __forceinline__ void leave() const {
+    if (threadIdx.x != 0) return;
+    // Releases what the whole block wrote: its other threads' writes come before __syncthreads.
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(barrier), "r"(barrier_share(block, grid))
+                 : "memory");
+  }
+  __device__ __forceinline__ void meet(int number) const {
+    __syncthreads();
+    leave();
+    if (threadIdx.x == 0) {
+      uint32_t now;
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(barrier) : "memory");
+      } while (!barrier_passed(now, number));
+    }
+    __syncthreads();
+  }
 };
-
-/// One thread of each block, behind a barrier of its block: releases what the whole block wrote.
-__device__ __forceinline__ void arrive(uint32_t* counter) {
-  const uint32_t share = barrier_share(blockIdx.x, gridDim.x);
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(share) : "memory");
-}
-
-/// All blocks have come, and see what each wrote before.
-__device__ __forceinline__ void grid_barrier(uint32_t* counter, int number) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    arrive(counter);
-    uint32_t now;
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
-    } while (!barrier_passed(now, number));
-  }
-  __syncthreads();
-}
-
-__device__ __forceinline__ void fetch(Gpu& m, const Encoder& e, const Cursor& c, int tile_rows, int to) {
-  if (c.phase < phases(e)) {
-    const Product p = product(e, c.phase);
-    fetch_weights(m, e, p, product_unit(p, e.tokens, tile_rows, c.number), to);
-  }
-}
-
-template <int kHead>
-__device__ __forceinline__ void attention_phase(Gpu& m, const Encoder& e, int heads, int scratch) {
-  const int count = attention_units(e, heads);
-  for (int number = blockIdx.x; number < count; number += gridDim.x) {
-    const AttentionUnit u = attention_unit(e, heads, number);
-    AttentionTile<Gpu, kHead> tile;
-    __syncthreads();  // the unit before has been merged
-    tile.attend(m, e, heads, u, scratch);
-    __syncthreads();
-    tile.merge(m, e, heads, u, scratch);
-  }
-}
-
-__device__ __forceinline__ void norm_phase(Gpu& m, const Encoder& e, const Product& before, const Bf16* bias,
-                                           const Bf16* weight, const Bf16* shift, float* small) {
-  const int parts = splits(before);
-  for (int row = blockIdx.x; row < e.tokens; row += gridDim.x) {
-    NormRow<Gpu> norm;
-    norm.gather(m, e, bias, weight, shift, parts, row, small);
-    __syncthreads();
-    norm.centre(m, e, small);
-    __syncthreads();
-    norm.store(m, e, row, small);
-  }
-}
 
 template <int kRowGroups, int kFragments>
 __global__ void __launch_bounds__(kThreads, 1) encode(const __grid_constant__ Encoder e) {
   extern __shared__ __align__(128) char memory[];
-  using Tile = ProductTile<Gpu, kRowGroups, kFragments>;
-  Gpu m{static_cast<int>(threadIdx.x) / kLanes, memory};
-  float* const small = reinterpret_cast<float*>(memory);
-  const int block = blockIdx.x, grid = gridDim.x;
-  int full = kSmallBytes, empty = kSmallBytes + e.buffer_bytes;  // `full`: the next product's weights
-  keep_offsets(m, e);
-  Cursor next = settle(e, {0, block}, block, Tile::kRows);
-  fetch(m, e, next, Tile::kRows, full);
-  for (int phase = 0; phase < phases(e); ++phase) {
-    const Layer& l = e.layer[phase / kSteps];
-    const Step step = step_of(phase);
-    if (is_product(step)) {
-      const Product p = product(e, phase);
-      const int count = product_units(p, e.tokens, Tile::kRows);
-      for (int number = block; number < count; number += grid) {
-        const Unit u = product_unit(p, e.tokens, Tile::kRows, number);
-        Tile tile;
-        tile.begin(m, e, p, u);
-        asm volatile("cp.async.wait_all;" ::: "memory");
-        __syncthreads();  // all have their share of the weights; nobody reads the sums of the unit before
-        fetch_bias(m, p, u, small);
-        next = after(e, next, block, grid, Tile::kRows);
-        fetch(m, e, next, Tile::kRows, empty);
-        tile.multiply(m, e, p, u, full);
-        __syncthreads();
-        tile.spill(m, p, full);
-        __syncthreads();
-        tile.finish(m, e, p, u, full, small);
-        const int done = full;
-        full = empty, empty = done;
-      }
-    } else if (step == Step::kAttention) {
-      if (e.head_size == 64) {
-        attention_phase<64>(m, e, l.heads, empty);
-      } else {
-        attention_phase<32>(m, e, l.heads, empty);
-      }
-    } else {
-      const bool first = step == Step::kNorm1;
-      norm_phase(m, e, product(e, phase - 1), first ? l.out_bias : l.down_bias,
-                 first ? l.norm1_weight : l.norm2_weight, first ? l.norm1_bias : l.norm2_bias,
-                 small + kSmallSums);
-    }
-    if (phase < barriers(e)) grid_barrier(e.barrier, phase);
-  }
-  if (barriers(e) % 2 && threadIdx.x == 0) arrive(e.barrier);
+  Gpu m{static_cast<int>(threadIdx.x) / kLanes, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
+        memory, e.barrier};
+  encode_block<Gpu, kRowGroups, kFragments>(m, e);
 }
 
 }  // namespace dynabert::cuda

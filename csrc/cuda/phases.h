@@ -1,5 +1,5 @@
 // What a warp does between two points at which its block works together. Each function is a part of a phase;
-// `kernel.cuh` has the order, the block's barriers and the grid's.
+// body.h has the order, the block's barriers and the grid's.
 //
 // `M` is the machine: a GPU's memory, or that of a simulation, which checks every access. It has
 //   warp                         number of this warp in its block
@@ -8,8 +8,9 @@
 //   half_activations(p)          8 of them
 //   weights(p)                   8 bytes that nobody writes
 //   sums(p)                      16 bytes of parts, written in an earlier phase
-//   copy(to, from, inside)       16 bytes of weights into shared memory, in the background; zeros unless
-//   inside store(p, low, high), store(p, sums)
+//   copy(to, from, inside)       16 bytes of weights into shared memory, in the background; zeros if not inside
+//   store(p, low, high)          8 bytes of activations
+//   store(p, sums)               16 bytes of parts
 #pragma once
 
 #include "schedule.h"

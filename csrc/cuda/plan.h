@@ -16,7 +16,7 @@ struct TileShape {
   int rows() const { return 16 * row_groups * fragments; }
   int parts() const { return kWarps / row_groups; }
 };
-/// As many kernels are compiled, each for every sub-network; `kernel.cuh` instantiates these.
+/// As many kernels are compiled, each for every sub-network; `encoder.cu` instantiates these.
 constexpr TileShape kTileShapes[] = {{1, 1}, {1, 2}, {2, 2}};
 
 /// What a GPU has.

@@ -22,30 +22,32 @@ namespace dynabert::cuda {
 struct Stream {
   int full, empty;
   Cursor next;
+  Unit unit;  // that of `next`: behind a barrier there is no time for divisions
 };
 
+/// Begin to fetch the weights of the stream's next unit.
 template <class M>
-HD void fetch(M& m, const Encoder& e, const Cursor& c, int tile_rows, int to) {
-  if (c.phase < phases(e)) {
-    const Product p = product(e, c.phase);
-    fetch_weights(m, e, p, product_unit(p, e.tokens, tile_rows, c.number), to);
+HD void fetch(M& m, const Encoder& e, Stream& s, int tile_rows, int to) {
+  if (s.next.phase < phases(e)) {
+    const Product p = product(e, s.next.phase);
+    s.unit = product_unit(p, e.tokens, tile_rows, s.next.number);
+    fetch_weights(m, e, p, s.unit, to);
   }
 }
 
 template <class M, class Tile>
 HD void product_phase(M& m, const Encoder& e, int phase, Stream& s) {
   const Product p = product(e, phase);
-  const int count = product_units(p, e.tokens, Tile::kRows);
   float* const bias = reinterpret_cast<float*>(m.shared);
-  for (int number = m.block; number < count; number += m.grid) {
-    const Unit u = product_unit(p, e.tokens, Tile::kRows, number);
+  while (s.next.phase == phase) {
+    const Unit u = s.unit;
     Tile tile;
     tile.begin(m, e, p, u);
     m.copies_arrive();
     m.sync();  // all have their share of the weights; nobody reads the sums of the unit before
     fetch_bias(m, p, u, bias);
     s.next = after(e, s.next, m.block, m.grid, Tile::kRows);
-    fetch(m, e, s.next, Tile::kRows, s.empty);
+    fetch(m, e, s, Tile::kRows, s.empty);
     tile.multiply(m, e, p, u, s.full);
     m.sync();
     tile.spill(m, p, s.full);
@@ -90,8 +92,8 @@ template <class M, int kRowGroups, int kFragments>
 HD void encode_block(M& m, const Encoder& e) {
   using Tile = ProductTile<M, kRowGroups, kFragments>;
   keep_offsets(m, e);
-  Stream s{kSmallBytes, kSmallBytes + e.buffer_bytes, settle(e, {0, m.block}, m.block, Tile::kRows)};
-  fetch(m, e, s.next, Tile::kRows, s.full);
+  Stream s{kSmallBytes, kSmallBytes + e.buffer_bytes, settle(e, {0, m.block}, m.block, Tile::kRows), {}};
+  fetch(m, e, s, Tile::kRows, s.full);
   for (int phase = 0; phase < phases(e); ++phase) {
     const Step step = step_of(phase);
     if (is_product(step)) {

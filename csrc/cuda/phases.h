@@ -8,7 +8,7 @@
 //   half_activations(p)          8 of them
 //   weights(p)                   8 bytes that nobody writes
 //   sums(p)                      16 bytes of parts, written in an earlier phase
-//   copy(to, from, inside)       16 bytes of weights into shared memory, in the background; zeros if not inside
+//   copy(to, from, inside)       16 bytes of weights into shared memory, later; zeros if not inside
 //   store(p, low, high)          8 bytes of activations
 //   store(p, sums)               16 bytes of parts
 #pragma once

@@ -311,7 +311,7 @@ def fit(
     output, options = Path(output), options or FitOptions()
     check_options(load_config(source), options)
     settings = _settings(source, data, options)
-    processes = PartialState()
+    processes = PartialState(cpu=not torch.cuda.is_available())
     first = processes.is_main_process
     progress = progress and first
     begun = not first or _begun(output, settings, resume)

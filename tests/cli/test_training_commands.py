@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from dynabert_fast.cli.main import build_parser, main
-from dynabert_fast.errors import InputError
+from dynabert_fast.errors import TrainingError
 from dynabert_fast.models import DynaBertForSequenceClassification
 from dynabert_fast.training import ElasticTrainer, pipeline
 
@@ -226,24 +226,24 @@ def test_an_interrupted_stage_goes_on(cli, refused, chained, sources, tmp_path, 
     assert names(tmp_path) == {"width"}
 
 
-def test_a_run_that_diverges_leaves_nothing(cli, checkpoints, sources, tmp_path):
+def test_a_run_that_diverges_leaves_its_batch(cli, checkpoints, sources, tmp_path):
     words = ("finetune", checkpoints["pretrained"], "--output", tmp_path / "out")
     result = cli(*words, *sources["classes"], *STEPS, "--learning-rate", "1e30")
-    assert result.code == 2
+    assert result.code == 1
     line = result.err.splitlines()[-1]
-    assert line.startswith("dynabert-fast: error: ")
-    assert "lower the learning rate" in line
-    assert names(tmp_path) == set()
+    assert line.startswith("dynabert-fast: error: the loss is nan in step 2 ")
+    assert "lower learning rate" in line
+    assert names(tmp_path) == {"out.checkpoints"}
+    assert names(tmp_path / "out.checkpoints") == {"bad-batch-step-2.safetensors"}
 
 
 def test_a_run_that_fails_closes_its_bar(checkpoints, sources, tmp_path):
     """While the exception, and with it every frame, is still there: it is not left to chance."""
     words = ["finetune", str(checkpoints["pretrained"]), "--output", str(tmp_path / "out")]
     args = build_parser().parse_args([*words, *sources["classes"], *STEPS, "--learning-rate=1e30"])
-    with pytest.raises(InputError) as error:
+    with pytest.raises(TrainingError, match="the loss is nan in step 2 "):
         args.run(args)
     assert list(tqdm._instances) == []
-    assert "not finite" in str(error.value)
 
 
 @pytest.mark.parametrize(

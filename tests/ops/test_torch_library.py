@@ -17,11 +17,16 @@ IDS = torch.arange(9) % 5, torch.arange(9) % 2, torch.arange(9) % 7
 TEACHER = torch.linspace(-1, 1, 27).view(9, 3)
 
 
+def _reached(out):
+    """Of a staircase's output, what is specified."""
+    return torch.cat([out[:4].flatten(), out[4:, :3].flatten()])
+
+
 # As the model calls them, with one extent; then with a staircase. Inputs are float tensors.
 CASES = {
     "expand": (lambda x, w, b: ops.expand(x, w, b, 3, activation="gelu"), [(9, D), (5, D), (5,)]),
     "expand staircase": (
-        lambda x, w, b: ops.expand(x, w, b, [5, 3], [4, 5]),
+        lambda x, w, b: _reached(ops.expand(x, w, b, [5, 3], [4, 5])),
         [(9, D), (5, D), (5,)],
     ),
     "contract": (lambda x, w, b: ops.contract(x, w, b, 3), [(9, 4), (5, D), (D,)]),

@@ -55,7 +55,7 @@ bench-peers: $(VENV)/.peers  ## Compare the CPU engine with ONNX Runtime, OpenVI
 GPU_PYTHON ?= python3
 GPU_INSTALL = $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 gpu:  ## On a machine with a GPU: install into GPU_PYTHON, whose torch sees it, test and measure
-	$(GPU_INSTALL) || DYNABERT_FAST_NATIVE=0 $(GPU_INSTALL)
+	$(GPU_INSTALL) || DYNABERT_FAST_CUDA=0 $(GPU_INSTALL) || DYNABERT_FAST_NATIVE=0 $(GPU_INSTALL)
 	$(GPU_PYTHON) -m benchmarks.run_gpu
 
 clean:  ## Remove the environment, build outputs and caches

@@ -26,6 +26,8 @@ from torch.nn import functional as F
 
 from dynabert_fast import ops
 from dynabert_fast.engine import GpuEngine
+from dynabert_fast.engine.gpu import Bucket
+from dynabert_fast.errors import InputError
 from dynabert_fast.subnet import Subnet, grid
 
 from .bench_ops import EPS, HEAD, WIDTHS, D, H, N, agree
@@ -224,6 +226,48 @@ def test_forward(benchmark, batch, length, bars):
     asked = {name: least for name, least in zip(names, bars, strict=True) if least}
     with torch.inference_mode():
         compete(benchmark, f"forward {batch}x{length}", ids, None, asked)
+
+
+#: Bytes a second that the device's memory may give: a lower bound of any time.
+MEMORY = 4.8e12
+LATENCY_BARS = {("w1.00-d1.00", 128): 0.2, ("w0.25-d0.50", 128): 0.06}
+
+
+@functools.cache
+def persistent() -> GpuEngine:
+    """As the engine of `models`, its layers in one kernel where that can be."""
+    return GpuEngine(dynabert().to(GPU.device), "bf16", persistent=True)
+
+
+@pytest.mark.parametrize("subnet", ["w1.00-d1.00", "w0.25-d0.50"])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_latency(benchmark, batch, length, subnet):
+    """All layers in one kernel, against a graph of kernels, and the time to read the weights."""
+    try:
+        ours, (_, graphs) = persistent(), models()
+    except InputError as error:
+        pytest.skip(str(error))
+    chosen = Subnet.parse(ours.config, subnet)
+    ids = torch.randint(1000, 30000, (batch, length), device=GPU.device)
+    if why := ours.why_not_persistent(Bucket.of(ids.numel(), batch, length), chosen):
+        pytest.skip(why)
+    both = [e(ids, subnet=chosen).last_hidden_state for e in (ours, graphs)]
+    agree("bf16", both[:1], both[1:])
+    runs = {
+        "one kernel": lambda: ours(ids, subnet=chosen),
+        "a graph of kernels": lambda: graphs(ids, subnet=chosen),
+    }
+    rows = race(benchmark, runs)
+    heads, neurons = sum(chosen.heads), sum(chosen.neurons)
+    weights = 2 * D * (4 * HEAD * heads + 2 * neurons)
+    floor = 1e3 * weights / MEMORY  # ms
+    mine = rows["one kernel"]["ms"]
+    rows["one kernel"]["share"] = floor / mine
+    rows["a graph of kernels"]["ratio"] = rows["a graph of kernels"]["ms"] / mine
+    most = LATENCY_BARS.get((subnet, length)) if batch == 1 else None
+    bars = [bar("ms", mine, most=most), bar("share of the weights' floor", floor / mine)]
+    _record(benchmark, f"latency {subnet} {batch}x{length}", list(rows.values()), bars)
 
 
 def test_real_lengths(benchmark):

@@ -34,6 +34,7 @@ NO_TESTS = 5  # pytest's code
 #: File, what of it (`pytest -k`), and its seconds at most. Peers that compile for minutes are last.
 BENCHMARKS = (
     ("bench_gpu.py", "rows or attention", 60),
+    ("bench_gpu.py", "latency", 40),
     ("bench_gpu.py", "product", 120),
     ("bench_gpu.py", "widths or mixed or switch", 60),
     ("bench_distillation_gpu.py", "", 100),
@@ -46,6 +47,7 @@ COMPILED = (
     "rows",
     "widths or switch",
     "mixed",
+    "latency",
     "forward or real",
 )
 

@@ -14,10 +14,13 @@ import tomllib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from setuptools import Distribution
+from setuptools.errors import CompileError
 
 from dynabert_fast import engine
 from dynabert_fast.engine.packing import read_file
@@ -119,6 +122,7 @@ def source(tmp_path_factory) -> Path:
 
 def make_wheel(source: Path, folder: Path, **env: str) -> Path:
     pip_wheel = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
+    env = {"DYNABERT_FAST_CUDA": "0", **env}  # whether there is an nvcc must not matter
     run_python(*pip_wheel, "--wheel-dir", folder, source, cwd=folder, env=env)
     (path,) = folder.glob("*.whl")
     return path
@@ -159,6 +163,88 @@ def test_wheel_without_the_native_module_runs_on_any_machine(source, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         packaged = {n for n in archive.namelist() if n.startswith("dynabert_fast/")}
     assert packaged == python_files()
+
+
+@pytest.mark.slow
+def test_wheel_with_the_cuda_module(source, tmp_path):
+    if setup_functions()["nvcc"]() is None:
+        pytest.skip("needs nvcc: install the CUDA toolkit, or dynabert-fast[cuda-build]")
+    wheel = make_wheel(source, tmp_path, DYNABERT_FAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a")
+    with zipfile.ZipFile(wheel) as archive:
+        module = f"dynabert_fast/_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+        assert {NATIVE, module} <= set(archive.namelist())
+        archive.extract(module, tmp_path)
+    # It looks for a driver and for cuBLASLt when it is asked to compute.
+    code = "import _cuda; print(_cuda.architectures)"
+    assert run_python("-c", code, cwd=tmp_path / "dynabert_fast") == "90a-real\n"
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"DYNABERT_FAST_CUDA": "yes"}, "must be 0, 1 or auto, got 'yes'"),
+        ({"CUDACXX": "no-such-nvcc"}, "CUDACXX must be the name of an nvcc, got 'no-such-nvcc'"),
+    ],
+    ids=["not a choice", "no such compiler"],
+)
+def test_a_cuda_that_cannot_be_built_is_one_line(source, env, message):
+    done = start_python("setup.py", "--quiet", "build_ext", cwd=source, env=env)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def setup_functions() -> dict[str, Any]:
+    """What setup.py defines, without the call of `setup`."""
+    code = (ROOT / "setup.py").read_text().partition("\nsetup(")[0]
+    names: dict[str, Any] = {"__file__": str(ROOT / "setup.py")}
+    exec(compile(code, "setup.py", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("asked", [None, "auto", "1"])
+def test_only_a_cuda_module_that_was_asked_for_is_needed(monkeypatch, asked):
+    monkeypatch.delenv("DYNABERT_FAST_CUDA", raising=False)
+    if asked:
+        monkeypatch.setenv("DYNABERT_FAST_CUDA", asked)
+    monkeypatch.setenv("CUDACXX", sys.executable)  # some program
+    names = setup_functions()
+    cpu, cuda = names["extensions"]()
+    assert (cpu.optional, cuda.optional) == (False, asked != "1")
+
+    def fail(self, ext):
+        raise SystemExit("error: ninja failed with code 1, see above")
+
+    monkeypatch.setattr(names["CMakeBuild"], "_build", fail)
+    command = names["CMakeBuild"](Distribution())
+    kind = SystemExit if asked == "1" else CompileError  # which setuptools warns of
+    with pytest.raises(kind, match="ninja failed"):
+        command.build_extension(cuda)
+    with pytest.raises(SystemExit):
+        command.build_extension(cpu)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (None, "80-real;90a-real"),
+        ("8.0;9.0a+PTX", "80-real;90a"),
+        ("8.6 10.0", "86-real;100-real"),
+        ("12.0f", "120f-real"),
+        ("7.5", None),
+        ("Hopper", None),
+    ],
+)
+def test_architectures(monkeypatch, asked, named):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    names = setup_functions()
+    if named is None:
+        with pytest.raises(SystemExit, match=r"compute capabilities from 8\.0 on"):
+            names["architectures"]()
+    else:
+        assert names["architectures"]() == named
 
 
 @pytest.mark.slow

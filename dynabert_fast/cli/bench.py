@@ -48,7 +48,7 @@ dynabert-fast bench sst2/dynabert --profile --subnet w0.25-d0.50""",
     parser = shared.add_command(
         commands,
         "tune",
-        "time the Triton kernels' configurations on this GPU, ahead of their first use",
+        "time the kernels' configurations, and cuBLASLt, on this GPU, ahead of their first use",
         """
 dynabert-fast tune sst2/dynabert
 dynabert-fast tune sst2/dynabert --tokens 16384 --train""",
@@ -71,6 +71,7 @@ def _tune(args: argparse.Namespace) -> None:
         raise InputError("tune needs a CUDA device, and torch sees none here")
     shared.quiet_libraries()
     from dynabert_fast.kernels import tuning
+    from dynabert_fast.ops import cuda
     from dynabert_fast.training.pipeline import load_model
 
     model = load_model(args.model).cuda().to(getattr(torch, _TORCH_TYPES[args.dtype]))
@@ -87,6 +88,8 @@ def _tune(args: argparse.Namespace) -> None:
         print(f"{tokens} tokens: {len(grid(model.config))} sub-networks")
         tokens *= 2
     print(f"choices: {tuning.cache_file(model.device)}")
+    if cuda.why_not(model.device) is None:
+        print(f"Triton or cuBLASLt: {cuda.cache_file(model.device)}")
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ def _info(args: argparse.Namespace) -> None:
         about = _describe(args)
     print(f"dynabert-fast {__version__}, Python {platform.python_version()}")
     print(_torch_part())
+    print(_cuda_module())
     print(_engine())
     if about:
         print(about)
@@ -64,6 +65,16 @@ def _torch_part() -> str:
         f"devices: {', '.join(_devices())}; {torch.get_num_threads()} CPU threads\n"
         f"{_backend_table()}"
     )
+
+
+def _cuda_module() -> str:
+    """For which GPUs the CUDA code is built, or why it is not."""
+    from dynabert_fast.engine.native import cuda_module
+
+    try:
+        return f"CUDA module: built for {cuda_module().architectures}"
+    except InputError as error:
+        return str(error)
 
 
 def _engine() -> str:

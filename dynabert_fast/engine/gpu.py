@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 
 from dynabert_fast.engine.cpu import EngineOutput
+from dynabert_fast.engine.persistent import PersistentLayers
 from dynabert_fast.errors import InputError
 from dynabert_fast.models.packed import PackedSequences
 from dynabert_fast.subnet import Subnet
@@ -98,18 +99,27 @@ class GpuEngine:
         model: Its weights are copied in the type; it is not needed afterwards.
         dtype: `bf16`, `fp16` or `fp32`.
         most_graphs: Graphs kept at a time.
+        persistent: Compute the layers of short batches in one kernel (docs/gpu.md) where it can.
+            Off until it has been measured.
 
     Raises:
-        InputError: The type is unknown.
+        InputError: The type is unknown, or what `persistent` asks for is not there.
     """
 
-    def __init__(self, model: Any, dtype: str = "bf16", most_graphs: int = MOST_GRAPHS) -> None:
+    def __init__(
+        self,
+        model: Any,
+        dtype: str = "bf16",
+        most_graphs: int = MOST_GRAPHS,
+        persistent: bool = False,
+    ) -> None:
         if dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)} on a GPU, got {dtype!r}")
         self.dtype = dtype
         self.config = model.config
         self._model = copy.deepcopy(model).to(DTYPES[dtype]).eval().requires_grad_(False)
         self._encoder = getattr(self._model, "dynabert", self._model)
+        self._persistent = PersistentLayers(self._encoder) if persistent else None
         self._device = self._model.device
         self._most_graphs = most_graphs
         self._buffers: dict[Bucket, _Buffers] = {}
@@ -290,11 +300,25 @@ class GpuEngine:
         x = encoder.embeddings(
             buffers.ids[None], buffers.types[None], buffers.positions[None], packed
         )
-        for layer, heads, neurons in zip(subnet.layers, subnet.heads, subnet.neurons, strict=True):
-            x = encoder.encoder.layer[layer](x, packed, heads, neurons)
+        if self._persistent is not None and self.why_not_persistent(bucket, subnet) is None:
+            x = self._persistent(x, buffers.offsets, bucket.length, subnet)
+        else:
+            extents = zip(subnet.layers, subnet.heads, subnet.neurons, strict=True)
+            for layer, heads, neurons in extents:
+                x = encoder.encoder.layer[layer](x, packed, heads, neurons)
         pooled = encoder.pooler(x[buffers.first])
         logits = None if encoder is self._model else self._model.classifier(pooled)
         return _Results(x, pooled, logits)
+
+    def why_not_persistent(self, bucket: Bucket, subnet: Subnet) -> str | None:
+        """Why the layers of a batch are not computed in one kernel, `None` where they are."""
+        if self._persistent is None:
+            return "the engine was made without persistent=True"
+        try:
+            self._persistent.plan(bucket.tokens, bucket.sequences, bucket.length, subnet)
+        except InputError as error:
+            return str(error)
+        return None
 
     def _take(
         self, results: _Results, packed: PackedSequences, shape: tuple[int, int], tokens: int

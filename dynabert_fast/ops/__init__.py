@@ -29,6 +29,7 @@ from dynabert_fast.errors import InputError
 from dynabert_fast.ops import (  # noqa: F401 (backends register themselves)
     autograd,
     cpp,
+    cuda,
     reference,
     triton,
 )

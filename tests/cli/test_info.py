@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_versions_devices_and_backends(cli):
     assert lines[2].startswith("devices: cpu")
     assert "(forced: none)" in lines[3]
     end = next(i for i, line in enumerate(lines) if line.startswith("CPU engine: "))
-    named = [line.split()[0] for line in lines[4:end] if line[2] != " "]
+    named = [line.split()[0] for line in lines[4:end] if line.startswith("  ") and line[2] != " "]
     assert named == list(PRIORITY)
     assert f"  reference  serves {len(KERNELS)} of {len(KERNELS)} kernels" in lines
 
@@ -56,6 +57,18 @@ def test_an_installation_without_the_cpu_engine(cli, monkeypatch):
     last = result.out.splitlines()[-1]
     assert last.startswith("the CPU engine is not available (")
     assert "DYNABERT_FAST_NATIVE=0" in last
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_the_cuda_module(cli, monkeypatch, built):
+    module = SimpleNamespace(architectures="80-real,90a-real") if built else None
+    monkeypatch.setitem(sys.modules, "dynabert_fast._cuda", module)
+    line = next(line for line in cli("info").out.splitlines() if "CUDA module" in line)
+    if built:
+        assert line == "CUDA module: built for 80-real,90a-real"
+    else:
+        assert line.startswith("the CUDA module is not available (")
+        assert "nvcc" in line
 
 
 def test_forced_backend(cli):

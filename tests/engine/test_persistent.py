@@ -1,0 +1,218 @@
+"""The kernel that computes all layers: its plans anywhere, what it computes where there is a GPU.
+
+Its arithmetic and schedule are tested on a CPU by csrc/tests/test_cuda_encoder.cpp.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynabert_fast import ops
+from dynabert_fast.engine import GpuEngine
+from dynabert_fast.engine.gpu import Bucket
+from dynabert_fast.engine.native import cuda_module
+from dynabert_fast.engine.persistent import MOST_TOKENS, PersistentLayers, addresses
+from dynabert_fast.errors import InputError
+from dynabert_fast.subnet import Subnet, grid
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Multiprocessors, and shared memory of a block.
+H200, A100 = (132, 232448), (108, 166912)
+#: What the kernel asks of a model: heads of 32 or 64, neurons a multiple of 8 at each width.
+SIZES = {
+    "hidden_size": 96,
+    "num_attention_heads": 4,
+    "head_size": 32,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 160,
+}
+BASE = {
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "max_position_embeddings": 160,
+}
+
+
+@pytest.fixture
+def built():
+    try:
+        return cuda_module()
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+def test_addresses_are_in_the_kernels_order(make_model):
+    layer = make_model(base=True, dtype=torch.bfloat16).encoder.layer[0]
+    found = addresses(layer)
+    attention, ffn = layer.attention, layer.ffn
+    assert found == [
+        p.data_ptr()
+        for p in (
+            *(attention.qkv.weight, attention.qkv.bias),
+            *(attention.out.weight_t, attention.out.bias),
+            *(attention.norm.weight, attention.norm.bias),
+            *(ffn.up.weight, ffn.up.bias, ffn.down.weight_t, ffn.down.bias),
+            *(ffn.norm.weight, ffn.norm.bias),
+        )
+    ]
+
+
+@pytest.mark.parametrize("device", [H200, A100], ids=["H200", "A100"])
+def test_plans(built, make_model, device):
+    model = make_model(base=True, dtype=torch.bfloat16, **SIZES)
+    layers = PersistentLayers(model, device)
+    for subnet in grid(model.config):
+        for tokens in (1, 16, 128, MOST_TOKENS):
+            plan = layers.plan(tokens, 1, tokens, subnet)
+            assert 1 <= plan.blocks <= device[0]
+            assert plan.tile_rows in (16, 32, 64)
+            # At least what the products leave.
+            widest = max(subnet.heads) * 32 * 4 + max(subnet.neurons)
+            assert plan.workspace_bytes >= 2 * tokens * widest + 4 * tokens * 96
+            assert layers.plan(tokens, 1, tokens, subnet) is plan
+
+
+def test_the_fastest_kernel_is_measured_once(built, make_model, monkeypatch):
+    import triton.testing
+
+    layers = PersistentLayers(make_model(base=True, dtype=torch.bfloat16, **SIZES), H200)
+    ran, timed = [], []
+    monkeypatch.setattr(layers, "_run", lambda plan, x, offsets: ran.append(plan.tile_rows))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def do_bench(run, **_):
+        run()
+        timed.append(ran.pop())
+        return abs(timed[-1] - 32)
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    x, offsets = torch.zeros(16, 96, dtype=torch.bfloat16), torch.tensor([0, 16])
+    subnet = Subnet.full(layers._config)
+    for _ in range(3):
+        layers(x, offsets, 16, subnet)
+    assert timed == built.tile_rows == [16, 32, 64]
+    assert ran == [32, 32, 32]
+    monkeypatch.setenv("DYNABERT_FAST_TUNE", "0")
+    layers(x[:8], torch.tensor([0, 8]), 8, subnet)
+    assert len(timed) == 3
+
+
+def test_says_why_not(built, make_model):
+    model = make_model(base=True, dtype=torch.bfloat16, **SIZES)
+    layers = PersistentLayers(model, H200)
+    with pytest.raises(InputError, match=f"tokens must be at most {MOST_TOKENS}, got 512"):
+        layers.plan(512, 1, 512, Subnet.full(model.config))
+    odd = Subnet.parse(model.config, "l3-h2-n13")
+    with pytest.raises(InputError, match="neurons must be a multiple of 8, got 13"):
+        layers.plan(16, 1, 16, odd)
+    with pytest.raises(InputError, match=r"computes in bf16, got torch\.float32"):
+        PersistentLayers(make_model(base=True, **SIZES), H200)
+
+
+def test_an_engine_says_that_it_is_off(make_model):
+    engine = GpuEngine(make_model(base=True), "fp32")
+    why = engine.why_not_persistent(Bucket.of(8, 1, 8), Subnet.full(engine.config))
+    assert why == "the engine was made without persistent=True"
+
+
+def test_a_module_that_is_not_built_is_bad_input(make_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dynabert_fast._cuda", None)
+    with pytest.raises(InputError, match=r"not available \(.*_cuda.*DYNABERT_FAST_CUDA=0"):
+        GpuEngine(make_model(base=True), "bf16", persistent=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [SIZES, BASE], ids=["tiny", "base"])
+@pytest.mark.parametrize("lengths", [(1,), (16,), (31,), (128,), (5, 40, 17)], ids=str)
+def test_every_sub_network(built, make_model, sizes, lengths):
+    """Against the model in float64; allowed is twice the error of plain torch in bfloat16."""
+    model = make_model(base=True, **sizes).eval()
+    ids = torch.randint(4, model.config.vocab_size, (len(lengths), max(lengths)))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    rounded = make_model(base=True, dtype=torch.bfloat16, **sizes).eval()
+    rounded.load_state_dict(model.state_dict())
+    engine = GpuEngine(model.cuda(), "bf16", persistent=True)
+    exact = make_model(base=True, dtype=torch.float64, **sizes).eval()
+    exact.load_state_dict(rounded.state_dict())
+    rounded = rounded.cuda()
+    bucket = Bucket.of(sum(lengths), len(lengths), max(lengths))
+    for subnet in grid(model.config):
+        assert engine.why_not_persistent(bucket, subnet) is None
+        got = engine(ids, mask, subnet=subnet).last_hidden_state.cpu().double()[mask]
+        with torch.no_grad(), ops.use_backend("reference"):
+            want = exact(ids, mask, subnet=subnet).last_hidden_state[mask]
+            usual = rounded(ids.cuda(), mask.cuda(), subnet=subnet).last_hidden_state.cpu()
+        allowed = 2 * (usual.double()[mask] - want).abs().max()
+        error = (got - want).abs().max()
+        assert error <= allowed, f"{subnet}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.gpu
+def test_replays_do_not_see_each_other(built, make_model):
+    """Other sizes and sub-networks between two calls leave their bits as they were."""
+    engine = GpuEngine(make_model(base=True, **SIZES).cuda(), "bf16", persistent=True)
+    calls = [
+        (torch.randint(4, 40, (batch, length)), subnet)
+        for batch, length in ((1, 9), (1, 64), (3, 20), (1, 16))
+        for subnet in grid(engine.config)[::5]
+    ]
+    first = [engine(ids, subnet=s).last_hidden_state.clone() for ids, s in calls]
+    for _ in range(20):
+        for (ids, subnet), want in zip(calls, first, strict=True):
+            assert torch.equal(engine(ids, subnet=subnet).last_hidden_state, want)
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory) -> str:
+    """csrc/tests/device_encoder.cu, for this machine's GPU."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc, of the CUDA toolkit")
+    target = tmp_path_factory.mktemp("device") / "device_encoder"
+    major, minor = torch.cuda.get_device_capability()
+    name = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
+    sources = [ROOT / "csrc" / "tests" / "device_encoder.cu", ROOT / "csrc" / "cuda" / "encoder.cu"]
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-O2",
+        "-lineinfo",
+        f"-gencode=arch=compute_{name},code=sm_{name}",
+    ]
+    done = subprocess.run(
+        [*command, *sources, "-o", target], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return str(target)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["small", "base", "times"])
+def test_without_python(program, what):
+    done = subprocess.run([program, what], capture_output=True, text=True, check=False, timeout=300)
+    print(done.stdout)  # with microseconds of a launch
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_sanitized(program, tool):
+    found = [shutil.which("compute-sanitizer", path=p) for p in (None, "/usr/local/cuda/bin")]
+    if not any(found):
+        pytest.skip("needs compute-sanitizer, of the CUDA toolkit")
+    command = [next(filter(None, found)), "--tool", tool, "--error-exitcode", "9", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not support this machine's device")
+    assert done.returncode == 0, done.stdout + done.stderr

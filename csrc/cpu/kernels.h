@@ -84,6 +84,10 @@ struct ProductTask {
   int column;  // of C, the panel's first
   Activation activation;
   const char* next;  // a panel of the same size that is fetched meanwhile; null for none
+  // Where set, the result is not written but kept here in float32, or added to what is there.
+  float* sums = nullptr;
+  int64_t sums_stride = 0;  // elements
+  bool add = false;
 };
 
 /// out = grad * activation'(pre)

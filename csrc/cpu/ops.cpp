@@ -12,6 +12,11 @@ constexpr int kUnitsPerThread = 4;
 constexpr int kRowsPerUnit = 16;
 constexpr int kStripColumns = 32;  // transposed at a time: a cache line of bf16
 constexpr int kRowsPerSum = 64;    // of LayerNorm's weight gradient
+// Rows of A that meet one panel after the other before the next rows do: a quarter of a second-level cache of
+// 1 MB, beside a panel of B, the next one and what is written.
+constexpr int64_t kRowsBytes = 256 << 10;
+// Words of the sum that weight gradients take at a time: a panel of so many is half of that cache.
+constexpr int kWordsPerSum = 2048;
 
 int64_t element_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
@@ -104,25 +109,26 @@ void Ops::multiply(ProductTask task, int columns, int words, const float* bias,
                    const std::vector<ProductTile>& tiles, Panels panels, PackPanel&& pack_panel) {
   const int64_t panel_count = (columns + kPanelColumns - 1) / kPanelColumns;
   const int64_t count = static_cast<int64_t>(tiles.size());
-  const int64_t chunks = std::min((kUnitsPerThread * threads_ + panel_count - 1) / panel_count, count);
-  if (!panels.data)
-    for (Buffer& b : scratch_) b.reserve(words * int64_t{kPanelRowBytes});
-  std::vector<int64_t> packed(threads_, -1);  // the panel that each thread's scratch holds
-  deal(panel_count * chunks, [&](int64_t unit, int thread) {
-    const int64_t panel = unit / chunks, chunk = unit % chunks;
+  if (!panels.data) {
+    panels.bytes = words * int64_t{kPanelRowBytes};
+    char* to = shared_[2].reserve(panel_count * panels.bytes);
+    deal(panel_count, [&](int64_t panel, int) {
+      const int column = static_cast<int>(panel * kPanelColumns);
+      pack_panel(column, std::min(columns - column, kPanelColumns), to + panel * panels.bytes);
+    });
+    panels.data = to;
+  }
+  // Units of as many tiles as stay in a core's cache while all panels pass; less where threads would wait.
+  const int64_t cached = std::max<int64_t>(1, kRowsBytes / (kTileRows * std::max<int64_t>(task.a_stride, 1)));
+  const int64_t shared = (kUnitsPerThread * threads_ + panel_count - 1) / panel_count;
+  const int64_t chunks = std::min(std::max((count + cached - 1) / cached, shared), count);
+  deal(panel_count * chunks, [&](int64_t unit, int) {
+    const int64_t panel = unit % panel_count, chunk = unit / panel_count;
     ProductTask mine = task;
     mine.column = static_cast<int>(panel * kPanelColumns);
     mine.bias = bias ? bias + mine.column : nullptr;
-    if (panels.data) {
-      mine.panel = panels.data + panel * panels.bytes;
-      if (chunk == chunks - 1 && panel + 1 < panel_count) mine.next = mine.panel + panels.bytes;
-    } else {
-      char* scratch = scratch_[thread].data();
-      mine.panel = scratch;
-      if (packed[thread] != panel)
-        pack_panel(mine.column, std::min(columns - mine.column, kPanelColumns), scratch);
-      packed[thread] = panel;
-    }
+    mine.panel = panels.data + panel * panels.bytes;
+    if (panel + 1 < panel_count) mine.next = mine.panel + panels.bytes;
     const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
     kernels_.product(mine, tiles.data() + first, static_cast<int>(last - first));
   });
@@ -224,60 +230,83 @@ void Ops::weight_gradient(DType dtype, View left, View right, int columns, const
       std::memset(out.data + r * out.stride * element, 0, columns * element);
   });
   if (!most || !columns) return;
-  // Blocks from the widest to the narrowest: the rows that reach a neuron are then a prefix of K.
+  // Blocks from the widest to the narrowest: the rows that reach a neuron are then a prefix of K. They come
+  // in sums of at most `kWordsPerSum` words, whose operands stay in caches between being made and being used.
   struct Part {
     int64_t row;
     Block block;
-    int64_t word;  // first along K; an odd block of bf16 ends with a zero
+    int64_t word;  // first within its sum; an odd block of bf16 ends with a zero
   };
-  std::vector<Part> parts;
+  std::vector<std::pair<int64_t, Block>> sorted;
   int64_t row = 0;
   for (const Block& b : blocks) {
-    if (b.rows && b.extent) parts.push_back({row, b, 0});
+    if (b.rows && b.extent) sorted.emplace_back(row, b);
     row += b.rows;
   }
-  std::stable_sort(parts.begin(), parts.end(),
-                   [](const Part& p, const Part& q) { return p.block.extent > q.block.extent; });
-  int64_t words = 0;
-  for (Part& p : parts) {
-    p.word = words;
-    words += (p.block.rows + group - 1) / group;
-  }
-  // A: the transpose of `left`, zero where a row does not reach.
-  const int64_t a_stride = row_bytes(words * kWordBytes);
-  char* a = shared_[0].reserve(round_up(most, kPanelColumns) * a_stride);
-  deal((most + kStripColumns - 1) / kStripColumns, [&](int64_t strip, int) {
-    const int first = static_cast<int>(strip * kStripColumns);
-    const int here = std::min(most - first, kStripColumns);
-    for (const Part& p : parts) {
-      const int reached = std::clamp(p.block.extent - first, 0, here), count = static_cast<int>(p.block.rows);
-      const char* from = left.data + (p.row * left.stride + first) * element;
-      char* to = a + first * a_stride + p.word * kWordBytes;
-      if (reached)
-        kernels_.rows_from_columns(dtype, from, left.stride * element, count, reached, to, a_stride);
-      if (reached && sums)
-        kernels_.add_rows(dtype, from, left.stride * element, count, reached, sums + first);
-      for (int c = reached; c < here; ++c)
-        std::memset(to + c * a_stride, 0, (count + group - 1) / group * int64_t{kWordBytes});
+  std::stable_sort(sorted.begin(), sorted.end(),
+                   [](const auto& p, const auto& q) { return p.second.extent > q.second.extent; });
+  std::vector<std::vector<Part>> every(1);
+  int64_t words = 0, widest = 0;
+  for (auto [first, block] : sorted) {
+    while (block.rows) {
+      if (words == kWordsPerSum) every.emplace_back(), words = 0;
+      const int64_t rows_here = std::min<int64_t>(block.rows, (kWordsPerSum - words) * group);
+      every.back().push_back({first, {rows_here, block.extent}, words});
+      words += (rows_here + group - 1) / group;
+      widest = std::max(widest, words);
+      first += rows_here, block.rows -= rows_here;
     }
-  });
-  std::vector<ProductTile> tiles;
-  const int64_t count = (most + kTileRows - 1) / kTileRows;
-  for (int64_t i = 0; i < count; ++i) {
-    const int first = static_cast<int>(most * i / count), next = static_cast<int>(most * (i + 1) / count);
-    int64_t reach = 0;
-    for (const Part& p : parts)
-      if (p.block.extent > first) reach = p.word + (p.block.rows + group - 1) / group;
-    tiles.push_back({first, next - first, static_cast<int>(reach), columns});
   }
-  multiply(
-      {dtype, a, a_stride, nullptr, nullptr, out.data, out.stride, nullptr, 0, 0, Activation::kNone, nullptr},
-      columns, words, nullptr, tiles, {}, [&](int column, int count_, char* to) {
-        for (const Part& p : parts)
-          kernels_.panel_from_rows(dtype, right.data + (p.row * right.stride + column) * element,
-                                   right.stride * element, static_cast<int>(p.block.rows), count_,
-                                   to + p.word * int64_t{kPanelRowBytes});
-      });
+  const int64_t a_stride = row_bytes(widest * kWordBytes);
+  char* a = shared_[0].reserve(round_up(most, kPanelColumns) * a_stride);
+  const bool one = every.size() == 1;
+  const int64_t sums_stride = round_up(columns, kPanelColumns);
+  float* total = one ? nullptr : reinterpret_cast<float*>(shared_[3].reserve(most * sums_stride * 4));
+  for (const std::vector<Part>& parts : every) {
+    // A: the transpose of `left`, zero where a row does not reach.
+    deal((most + kStripColumns - 1) / kStripColumns, [&](int64_t strip, int) {
+      const int first = static_cast<int>(strip * kStripColumns);
+      const int here = std::min(most - first, kStripColumns);
+      for (const Part& p : parts) {
+        const int reached = std::clamp(p.block.extent - first, 0, here);
+        const int count = static_cast<int>(p.block.rows);
+        const char* from = left.data + (p.row * left.stride + first) * element;
+        char* to = a + first * a_stride + p.word * kWordBytes;
+        if (reached)
+          kernels_.rows_from_columns(dtype, from, left.stride * element, count, reached, to, a_stride);
+        if (reached && sums)
+          kernels_.add_rows(dtype, from, left.stride * element, count, reached, sums + first);
+        for (int c = reached; c < here; ++c)
+          std::memset(to + c * a_stride, 0, (count + group - 1) / group * int64_t{kWordBytes});
+      }
+    });
+    std::vector<ProductTile> tiles;
+    const int64_t count = (most + kTileRows - 1) / kTileRows;
+    for (int64_t i = 0; i < count; ++i) {
+      const int first = static_cast<int>(most * i / count), next = static_cast<int>(most * (i + 1) / count);
+      int64_t reach = 0;
+      for (const Part& p : parts)
+        if (p.block.extent > first) reach = p.word + (p.block.rows + group - 1) / group;
+      if (reach) tiles.push_back({first, next - first, static_cast<int>(reach), columns});
+    }
+    ProductTask task{dtype,      a,       a_stride, nullptr, nullptr,           out.data,
+                     out.stride, nullptr, 0,        0,       Activation::kNone, nullptr};
+    task.sums = total, task.sums_stride = sums_stride, task.add = &parts != &every.front();
+    const Part& end = parts.back();
+    const auto depth = static_cast<int>(end.word + (end.block.rows + group - 1) / group);
+    multiply(task, columns, depth, nullptr, tiles, {}, [&](int column, int count_, char* to) {
+      for (const Part& p : parts)
+        kernels_.panel_from_rows(dtype, right.data + (p.row * right.stride + column) * element,
+                                 right.stride * element, static_cast<int>(p.block.rows), count_,
+                                 to + p.word * int64_t{kPanelRowBytes});
+    });
+  }
+  if (one) return;
+  deal((most + kRowsPerUnit - 1) / kRowsPerUnit, [&](int64_t unit, int) {
+    const int64_t first = unit * kRowsPerUnit, last = std::min<int64_t>(first + kRowsPerUnit, most);
+    for (int64_t r = first; r < last; ++r)
+      kernels_.narrow(dtype, total + r * sums_stride, out.data + r * out.stride * element, columns);
+  });
 }
 
 void Ops::column_sums(DType dtype, View x, const std::vector<Block>& blocks, int columns, float* sums) {

@@ -90,7 +90,7 @@ class Ops {
 
   void run(const std::function<void(int)>& work);
 
-  /// The product of `task` with every panel of B, packed already or by pack_panel(column, count, to).
+  /// The product of `task` with every panel of B: `panels`, or what pack_panel(column, count, to) makes first.
   template <class PackPanel>
   void multiply(ProductTask task, int columns, int words, const float* bias,
                 const std::vector<ProductTile>& tiles, Panels panels, PackPanel&& pack_panel);
@@ -100,7 +100,7 @@ class Ops {
   const OpenMpParallel parallel_;
   ThreadTeam team_;
   std::vector<Buffer> scratch_;  // of each thread
-  Buffer shared_[3];
+  Buffer shared_[4];
   std::mutex turn_;  // one op at a time
 };
 

@@ -46,6 +46,20 @@ void rows_from_columns_of(const char* from, int64_t stride, int count, int colum
   for (int c = 0; c < columns; c += kLanes)
     for (int w = 0; w < words; w += kLanes) {
       U32 square[kLanes];
+      if (c + kLanes <= columns && (w + kLanes) * group <= count) {
+        const char* first = from + w * group * stride + c * int64_t{bf16 ? 2 : 4};
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i, first += group * stride) {
+          if constexpr (bf16)
+            square[i] = __builtin_convertvector(load<U16>(first), U32) |
+                        __builtin_convertvector(load<U16>(first + stride), U32) << 16;
+          else square[i] = load<U32>(first);
+        }
+        transpose_words(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(to + (c + i) * to_stride + w * int64_t{kWordBytes}, square[i]);
+        continue;
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i)
         square[i] = w + i < words ? words_at<bf16>(from, stride, (w + i) * group, count, c, columns) : U32{};
@@ -116,6 +130,12 @@ void product_of(const ProductTask& task, const ProductTile* tiles, int count) {
         if (here <= 0) break;
         const int64_t at = task.column + v * kLanes;
         F32 value = acc[r * kPanelVectors + v];
+        if (task.sums) {
+          float* sum = task.sums + row * task.sums_stride + at;
+          if (task.add) value = value + load_values<DType::kF32>(sum, here);
+          store_values<DType::kF32>(sum, value, here);
+          continue;
+        }
         if (activation != Activation::kNone && task.pre)
           store_values<dtype>(task.pre + (row * task.pre_stride + at) * element, value, here);
         value = activate<dtype == DType::kF32>(value, activation);

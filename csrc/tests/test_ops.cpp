@@ -661,6 +661,21 @@ TEST(weight_gradient_of_many_rows) {
     }
 }
 
+TEST(weight_gradient_in_several_sums) {
+  // More rows than are summed at a time: blocks are cut, and the later sums reach less of the neurons or
+  // none.
+  Random random(45);
+  for (DType dtype : kTypes) {
+    const int64_t sum = 2048 * group_of(dtype);
+    for (const std::vector<Block>& blocks : {std::vector<Block>{{sum, 19}}, std::vector<Block>{{sum + 1, 19}},
+                                             std::vector<Block>{{sum - 3, 3}, {1, 8}, {sum + 5, 19}},
+                                             std::vector<Block>{{7, 5}, {2 * sum + 3, 1}}}) {
+      const check::Where where(name_of(dtype) + (" " + describe(blocks)));
+      check_weight_gradient(random, {dtype, blocks, 5, 2, true, {0, 3}});
+    }
+  }
+}
+
 TEST(weight_gradient_of_blocks_that_end_inside_a_vector) {
   // What is written behind one of them lands in another, or in the next row of the transpose.
   Random random(44);

@@ -12,14 +12,10 @@ staircase is one launch in Triton, so it is always Triton's.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import logging
-import os
 import re
 import sysconfig
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +26,7 @@ from torch import Tensor
 
 from dynabert_fast.engine.native import cuda_module
 from dynabert_fast.errors import InputError
+from dynabert_fast.ops.choices import may_measure, read, save, table_file
 from dynabert_fast.ops.registry import Backend, backends, forced_backend, register
 
 logger = logging.getLogger(__name__)
@@ -261,29 +258,7 @@ _failures: list[str] = []
 
 def cache_file(device: torch.device) -> Path:
     """Where the choices for a card and this version of the library are kept."""
-    folder = os.environ.get("DYNABERT_FAST_CACHE") or Path.home() / ".cache" / "dynabert_fast"
-    card = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
-    version = _library().rpartition(" ")[2]
-    return Path(folder) / "cuda" / f"{card}-cublaslt-{version}.json"
-
-
-@functools.cache
-def _choices(path: Path) -> dict[str, str]:
-    """What the file holds; a file that cannot be read is as good as none."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text())
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
-def _save(path: Path, choices: dict[str, str]) -> None:
-    """Whole or not at all: several processes may measure at once."""
-    with contextlib.suppress(OSError):  # a folder that is not to be written costs time, no more
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(choices, file, indent=1)
-        os.replace(file.name, path)
+    return table_file("cuda", device, f"cublaslt-{_library().rpartition(' ')[2]}")
 
 
 def token_bucket(tokens: int) -> int:
@@ -295,7 +270,7 @@ def choose(
     name: str, tokens: int, candidates: dict[str, Callable[[], object]], path: Path, measure: bool
 ) -> str:
     """The faster of the candidates, from the table or, where allowed, measured now."""
-    choices = _choices(path)
+    choices = read(path)
     found = choices.get(name)
     if found in candidates:
         return found
@@ -311,7 +286,7 @@ def choose(
                 times[candidate] = do_bench(run, warmup=5, rep=20, return_mode="median")
         best = min(times, key=lambda c: times[c])
         choices[name] = best
-        _save(path, choices)
+        save(path, choices)
     logger.info("%s: %s of %s", name, best, times)
     return best
 
@@ -348,11 +323,9 @@ def _faster(name: str, args: Sequence[Any], triton: Callable[..., Any]) -> str:
     key = (token_bucket(x.shape[0]), extent, weight.shape[1], x.dtype, *flags)
     if (found := _known.get((x.device, name, key))) is not None:
         return found
-    capturing = torch.cuda.is_current_stream_capturing()
-    measure = os.environ.get("DYNABERT_FAST_TUNE") != "0" and not capturing
     runs = {_TRITON: lambda: triton(*args), _CUBLASLT: lambda: _OURS[name](*args)}
-    found = choose(f"{name} {key}", x.shape[0], runs, cache_file(x.device), measure)
-    if not capturing:
+    found = choose(f"{name} {key}", x.shape[0], runs, cache_file(x.device), may_measure())
+    if not torch.cuda.is_current_stream_capturing():
         _known[x.device, name, key] = found
     return found
 

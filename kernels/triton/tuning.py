@@ -2,20 +2,14 @@
 
 At the first call with a new key (kernel, types, sizes rounded up to a power of two) every shipped
 configuration is timed, and the best is written to `<cache>/triton/<card>.json`; later processes
-read it. `DYNABERT_FAST_TUNE=0` never measures: then what the file lacks takes the first
-configuration, which is safe on every card. `DYNABERT_FAST_CACHE` names another folder than
-`~/.cache/dynabert_fast`.
+read it. Where nothing may be measured (`dynabert_fast.ops.choices`), what the file lacks takes the
+first configuration, which is safe on every card.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import logging
-import os
-import re
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,9 +19,7 @@ import torch
 import triton
 
 from dynabert_fast.kernels.common import INTERPRETED, Config, set_chooser
-
-TUNE_VARIABLE = "DYNABERT_FAST_TUNE"
-CACHE_VARIABLE = "DYNABERT_FAST_CACHE"
+from dynabert_fast.ops.choices import may_measure, read, save, table_file
 
 logger = logging.getLogger(__name__)
 
@@ -38,28 +30,7 @@ _answers: dict[tuple[int, str, tuple[Any, ...]], Config] = {}
 
 def cache_file(device: torch.device) -> Path:
     """Where the choices for a card and this version of triton are kept."""
-    folder = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "dynabert_fast"
-    card = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
-    return Path(folder) / "triton" / f"{card}-triton-{triton.__version__}.json"
-
-
-@functools.cache
-def _choices(path: Path) -> dict[str, str]:
-    """What the file holds; a file that cannot be read is as good as none."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text())
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
-def _save(path: Path, choices: dict[str, str]) -> None:
-    """Whole or not at all: several processes may tune at once."""
-    with contextlib.suppress(OSError):  # a folder that is not to be written costs time, no more
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(choices, file, indent=1)
-        os.replace(file.name, path)
+    return table_file("triton", device, f"triton-{triton.__version__}")
 
 
 def _measure(
@@ -90,18 +61,18 @@ def choose(
     if known is not None and known in configs:
         return known
     path = cache_file(torch.device("cuda", index))
-    choices, name = _choices(path), f"{kernel} {key}"
+    choices, name = read(path), f"{kernel} {key}"
     named = {str(config): config for config in configs}
     found = named.get(choices.get(name, ""))
     if found is not None:
         _answers[index, kernel, key] = found
         return found
-    if os.environ.get(TUNE_VARIABLE) == "0" or torch.cuda.is_current_stream_capturing():
+    if not may_measure():
         return configs[0]
     with _lock:
         best, times = _measure(configs, launch)
         choices[name] = str(best)
-        _save(path, choices)
+        save(path, choices)
     _answers[index, kernel, key] = best
     logger.info("%s: %s of %s", name, best, times)
     return best

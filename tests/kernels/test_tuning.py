@@ -10,6 +10,7 @@ import triton
 
 from dynabert_fast.kernels import tuning
 from dynabert_fast.kernels.common import Config
+from dynabert_fast.ops import choices
 
 CONFIGS = tuple(Config.of(BLOCK=size) for size in (16, 32, 64))
 KEY = ("bf16", 128, False)
@@ -35,7 +36,7 @@ def clock(monkeypatch, tmp_path):
 
         def fresh(self):
             """As a new process."""
-            tuning._choices.cache_clear()
+            choices.read.cache_clear()
             monkeypatch.setattr(tuning, "_answers", {})
 
     found = Clock()
@@ -44,10 +45,10 @@ def clock(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card (1)")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(triton.testing, "do_bench", found.do_bench)
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.delenv(tuning.TUNE_VARIABLE, raising=False)
+    monkeypatch.setenv(choices.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.delenv(choices.TUNE_VARIABLE, raising=False)
     yield found
-    tuning._choices.cache_clear()
+    choices.read.cache_clear()
 
 
 def choose(clock, key=KEY, configs=CONFIGS):
@@ -89,7 +90,7 @@ def test_where_nothing_may_be_measured_the_first_serves(clock, monkeypatch, how)
     if how == "in a capture":
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     else:
-        monkeypatch.setenv(tuning.TUNE_VARIABLE, "0")
+        monkeypatch.setenv(choices.TUNE_VARIABLE, "0")
     assert choose(clock) == 16
     assert clock.measured == 0
 

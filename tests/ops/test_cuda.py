@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dynabert_fast import ops
 from dynabert_fast.errors import InputError
-from dynabert_fast.ops import cuda, registry
+from dynabert_fast.ops import choices, cuda, registry
 from dynabert_fast.ops.registry import Backend
 
 D = 13
@@ -256,7 +256,7 @@ def test_choices_are_measured_once_and_kept(tmp_path, monkeypatch):
     assert cuda.choose("expand a", 16, candidates, path, measure=True) == "cublaslt"
     assert asked == ["slow", "fast"]
     assert json.loads(path.read_text()) == {"expand a": "cublaslt"}
-    cuda._choices.cache_clear()
+    choices.read.cache_clear()
     assert cuda.choose("expand a", 16, candidates, path, measure=False) == "cublaslt"
     none = {"triton": lambda: "slow", "cublaslt": lambda: None}
     assert cuda.choose("expand b", 4096, none, path, measure=True) == "triton"

@@ -1,0 +1,51 @@
+"""Tables of what was measured to be fastest on a card, as files: one for each card and library.
+
+They lie in `~/.cache/dynabert_fast`, or in the folder that `DYNABERT_FAST_CACHE` names.
+`DYNABERT_FAST_TUNE=0` forbids to measure what is in none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+
+TUNE_VARIABLE = "DYNABERT_FAST_TUNE"
+CACHE_VARIABLE = "DYNABERT_FAST_CACHE"
+
+
+def table_file(kind: str, device: torch.device, library: str) -> Path:
+    """Where the choices of a kind for a card and a version of a library are kept."""
+    folder = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "dynabert_fast"
+    card = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
+    return Path(folder) / kind / f"{card}-{library}.json"
+
+
+def may_measure() -> bool:
+    """Not where it is forbidden, nor while a graph is captured, which would hold the trials."""
+    return os.environ.get(TUNE_VARIABLE) != "0" and not torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def read(path: Path) -> dict[str, str]:
+    """What the file held when it was first read; one that cannot be read is as good as none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def save(path: Path, choices: dict[str, str]) -> None:
+    """Whole or not at all: several processes may measure at once."""
+    with contextlib.suppress(OSError):  # a folder that is not to be written costs time, no more
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(choices, file, indent=1)
+        os.replace(file.name, path)

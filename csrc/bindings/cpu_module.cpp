@@ -230,6 +230,17 @@ void bind_ops(py::module_& m) {
           },
           release)
       .def(
+          "expand_backward",
+          [](Ops& ops, bool bf16, int activation, Address grad, Address pre, Address x, Address weight,
+             int columns, Extents extents, Rows rows, int weight_rows, Address grad_x, Address grad_weight,
+             uintptr_t sums, Address panels) {
+            ops.expand_backward(tensor_type(bf16), static_cast<Activation>(activation), view_of(grad),
+                                view_of(pre), view_of(x), view_of(weight), columns, blocks_of(extents, rows),
+                                weight_rows, view_of(grad_x), view_of(grad_weight),
+                                reinterpret_cast<float*>(sums), panels_of(panels));
+          },
+          release)
+      .def(
           "column_sums",
           [](Ops& ops, bool bf16, Address x, Extents extents, Rows rows, int columns, uintptr_t sums) {
             ops.column_sums(tensor_type(bf16), view_of(x), blocks_of(extents, rows), columns,
@@ -342,14 +353,6 @@ void bind_ops(py::module_& m) {
             ops.loss_backward({tensor_type(bf16), cross_entropy, columns, view_of(student), view_of(teacher),
                                view_of(out), scale},
                               rows);
-          },
-          release)
-      .def(
-          "slope",
-          [](Ops& ops, bool bf16, int activation, Address grad, Address pre, Extents extents, Rows rows,
-             Address out) {
-            ops.slope(tensor_type(bf16), static_cast<Activation>(activation), view_of(grad), view_of(pre),
-                      blocks_of(extents, rows), view_of(out));
           },
           release);
 }

@@ -68,6 +68,7 @@ struct AttentionTask {
 /// Rows of A and what becomes of them: `words` of K are summed, `columns` of C are written.
 struct ProductTile {
   int row, rows, words, columns;
+  int shift = 0;  // from A's rows to those of C
 };
 
 /// One panel of C = A x B + bias.

@@ -218,9 +218,34 @@ void Ops::contract(DType dtype, View x, View weight_t, const char* bias, int col
       });
 }
 
-void Ops::weight_gradient(DType dtype, View left, View right, int columns, const std::vector<Block>& blocks,
-                          int rows, View out, float* sums) {
-  std::lock_guard<std::mutex> lock(turn_);
+/// Blocks from the widest to the narrowest: the rows that reach a neuron are then a prefix of K. They come in
+/// sums of at most `kWordsPerSum` words, whose operands stay in caches between being made and being used.
+std::vector<Ops::Sum> Ops::sums_of(const std::vector<Block>& blocks, int group) {
+  std::vector<std::pair<int64_t, Block>> sorted;
+  int64_t row = 0;
+  for (const Block& b : blocks) {
+    if (b.rows && b.extent) sorted.emplace_back(row, b);
+    row += b.rows;
+  }
+  std::stable_sort(sorted.begin(), sorted.end(),
+                   [](const auto& p, const auto& q) { return p.second.extent > q.second.extent; });
+  std::vector<Sum> every(1);
+  int64_t words = 0;
+  for (auto [first, block] : sorted) {
+    while (block.rows) {
+      if (words == kWordsPerSum) every.emplace_back(), words = 0;
+      const int64_t here = std::min<int64_t>(block.rows, (kWordsPerSum - words) * group);
+      every.back().push_back({first, {here, block.extent}, words});
+      words += (here + group - 1) / group;
+      first += here, block.rows -= here;
+    }
+  }
+  return every;
+}
+
+template <class Left>
+void Ops::add_up(DType dtype, View right, int columns, const std::vector<Block>& blocks, int rows, View out,
+                 float* sums, Left&& left) {
   const int64_t element = element_of(dtype);
   const int group = group_of(dtype), most = largest(blocks);
   if (sums) std::fill_n(sums, rows, 0.f);
@@ -230,54 +255,30 @@ void Ops::weight_gradient(DType dtype, View left, View right, int columns, const
       std::memset(out.data + r * out.stride * element, 0, columns * element);
   });
   if (!most || !columns) return;
-  // Blocks from the widest to the narrowest: the rows that reach a neuron are then a prefix of K. They come
-  // in sums of at most `kWordsPerSum` words, whose operands stay in caches between being made and being used.
-  struct Part {
-    int64_t row;
-    Block block;
-    int64_t word;  // first within its sum; an odd block of bf16 ends with a zero
-  };
-  std::vector<std::pair<int64_t, Block>> sorted;
-  int64_t row = 0;
-  for (const Block& b : blocks) {
-    if (b.rows && b.extent) sorted.emplace_back(row, b);
-    row += b.rows;
-  }
-  std::stable_sort(sorted.begin(), sorted.end(),
-                   [](const auto& p, const auto& q) { return p.second.extent > q.second.extent; });
-  std::vector<std::vector<Part>> every(1);
-  int64_t words = 0, widest = 0;
-  for (auto [first, block] : sorted) {
-    while (block.rows) {
-      if (words == kWordsPerSum) every.emplace_back(), words = 0;
-      const int64_t rows_here = std::min<int64_t>(block.rows, (kWordsPerSum - words) * group);
-      every.back().push_back({first, {rows_here, block.extent}, words});
-      words += (rows_here + group - 1) / group;
-      widest = std::max(widest, words);
-      first += rows_here, block.rows -= rows_here;
-    }
-  }
-  const int64_t a_stride = row_bytes(widest * kWordBytes);
+  const std::vector<Sum> every = sums_of(blocks, group);
+  const auto words_of = [&](const Part& p) { return (p.block.rows + group - 1) / group; };
+  const auto depth_of = [&](const Sum& sum) { return sum.back().word + words_of(sum.back()); };
+  const bool one = every.size() == 1;  // else the first is as long as any
+  const int64_t a_stride = row_bytes(depth_of(every.front()) * kWordBytes);
   char* a = shared_[0].reserve(round_up(most, kPanelColumns) * a_stride);
-  const bool one = every.size() == 1;
-  const int64_t sums_stride = round_up(columns, kPanelColumns);
-  float* total = one ? nullptr : reinterpret_cast<float*>(shared_[3].reserve(most * sums_stride * 4));
-  for (const std::vector<Part>& parts : every) {
+  const int64_t total_stride = round_up(columns, kPanelColumns);
+  float* total = one ? nullptr : reinterpret_cast<float*>(shared_[3].reserve(most * total_stride * 4));
+  for (const Sum& parts : every) {
+    const std::vector<View> lefts = left(parts);
     // A: the transpose of `left`, zero where a row does not reach.
     deal((most + kStripColumns - 1) / kStripColumns, [&](int64_t strip, int) {
       const int first = static_cast<int>(strip * kStripColumns);
       const int here = std::min(most - first, kStripColumns);
-      for (const Part& p : parts) {
+      for (size_t i = 0; i < parts.size(); ++i) {
+        const Part& p = parts[i];
         const int reached = std::clamp(p.block.extent - first, 0, here);
         const int count = static_cast<int>(p.block.rows);
-        const char* from = left.data + (p.row * left.stride + first) * element;
+        const char* from = lefts[i].data + first * element;
+        const int64_t stride = lefts[i].stride * element;
         char* to = a + first * a_stride + p.word * kWordBytes;
-        if (reached)
-          kernels_.rows_from_columns(dtype, from, left.stride * element, count, reached, to, a_stride);
-        if (reached && sums)
-          kernels_.add_rows(dtype, from, left.stride * element, count, reached, sums + first);
-        for (int c = reached; c < here; ++c)
-          std::memset(to + c * a_stride, 0, (count + group - 1) / group * int64_t{kWordBytes});
+        if (reached) kernels_.rows_from_columns(dtype, from, stride, count, reached, to, a_stride);
+        if (reached && sums) kernels_.add_rows(dtype, from, stride, count, reached, sums + first);
+        for (int c = reached; c < here; ++c) std::memset(to + c * a_stride, 0, words_of(p) * kWordBytes);
       }
     });
     std::vector<ProductTile> tiles;
@@ -286,27 +287,111 @@ void Ops::weight_gradient(DType dtype, View left, View right, int columns, const
       const int first = static_cast<int>(most * i / count), next = static_cast<int>(most * (i + 1) / count);
       int64_t reach = 0;
       for (const Part& p : parts)
-        if (p.block.extent > first) reach = p.word + (p.block.rows + group - 1) / group;
+        if (p.block.extent > first) reach = p.word + words_of(p);
       if (reach) tiles.push_back({first, next - first, static_cast<int>(reach), columns});
     }
     ProductTask task{dtype,      a,       a_stride, nullptr, nullptr,           out.data,
                      out.stride, nullptr, 0,        0,       Activation::kNone, nullptr};
-    task.sums = total, task.sums_stride = sums_stride, task.add = &parts != &every.front();
-    const Part& end = parts.back();
-    const auto depth = static_cast<int>(end.word + (end.block.rows + group - 1) / group);
-    multiply(task, columns, depth, nullptr, tiles, {}, [&](int column, int count_, char* to) {
-      for (const Part& p : parts)
-        kernels_.panel_from_rows(dtype, right.data + (p.row * right.stride + column) * element,
-                                 right.stride * element, static_cast<int>(p.block.rows), count_,
-                                 to + p.word * int64_t{kPanelRowBytes});
-    });
+    task.sums = total, task.sums_stride = total_stride, task.add = &parts != &every.front();
+    multiply(task, columns, static_cast<int>(depth_of(parts)), nullptr, tiles, {},
+             [&](int column, int count_, char* to) {
+               for (const Part& p : parts)
+                 kernels_.panel_from_rows(dtype, right.data + (p.row * right.stride + column) * element,
+                                          right.stride * element, static_cast<int>(p.block.rows), count_,
+                                          to + p.word * int64_t{kPanelRowBytes});
+             });
   }
   if (one) return;
   deal((most + kRowsPerUnit - 1) / kRowsPerUnit, [&](int64_t unit, int) {
     const int64_t first = unit * kRowsPerUnit, last = std::min<int64_t>(first + kRowsPerUnit, most);
     for (int64_t r = first; r < last; ++r)
-      kernels_.narrow(dtype, total + r * sums_stride, out.data + r * out.stride * element, columns);
+      kernels_.narrow(dtype, total + r * total_stride, out.data + r * out.stride * element, columns);
   });
+}
+
+void Ops::weight_gradient(DType dtype, View left, View right, int columns, const std::vector<Block>& blocks,
+                          int rows, View out, float* sums) {
+  std::lock_guard<std::mutex> lock(turn_);
+  add_up(dtype, right, columns, blocks, rows, out, sums, [&](const Sum& parts) {
+    std::vector<View> lefts;
+    for (const Part& p : parts)
+      lefts.push_back({left.data + p.row * left.stride * element_of(dtype), left.stride});
+    return lefts;
+  });
+}
+
+void Ops::expand_backward(DType dtype, Activation activation, View grad, View pre, View x, View weight,
+                          int columns, const std::vector<Block>& blocks, int rows, View grad_x,
+                          View grad_weight, float* sums, Panels panels) {
+  std::lock_guard<std::mutex> lock(turn_);
+  const int64_t element = element_of(dtype);
+  const int group = group_of(dtype), most = largest(blocks);
+  const bool odd =
+      std::any_of(blocks.begin(), blocks.end(), [&](const Block& b) { return b.extent % group; });
+  const bool curved = activation != Activation::kNone, made = curved || odd;
+  if (odd) panels = {};
+  const int64_t stride = made ? row_bytes(most * element) / element : grad.stride;
+  /// Of each part of a sum, grad * activation'(pre), with a zero behind an odd extent; grad_x in passing.
+  auto inner = [&](const Sum& parts) {
+    std::vector<View> lefts;
+    std::vector<ProductTile> tiles;
+    struct Unit {
+      int part, begin, end;
+    };
+    std::vector<Unit> units;
+    const Part& last = parts.back();
+    const int64_t room = last.word * group + last.block.rows;
+    char* scratch = made ? shared_[4].reserve(room * stride * element) : nullptr;
+    int64_t at = 0;  // rows of scratch
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const Part& p = parts[i];
+      lefts.push_back(
+          {made ? scratch + at * stride * element : grad.data + p.row * stride * element, stride});
+      const int64_t first = made ? at : p.row, count = (p.block.rows + kTileRows - 1) / kTileRows;
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t begin = p.block.rows * t / count, end = p.block.rows * (t + 1) / count;
+        tiles.push_back({static_cast<int>(first + begin), static_cast<int>(end - begin),
+                         (p.block.extent + group - 1) / group, columns, static_cast<int>(p.row - first)});
+      }
+      for (int64_t r = 0; made && r < p.block.rows; r += kRowsPerUnit)
+        units.push_back({static_cast<int>(i), static_cast<int>(r),
+                         static_cast<int>(std::min<int64_t>(r + kRowsPerUnit, p.block.rows))});
+      at += p.block.rows;
+    }
+    deal(static_cast<int64_t>(units.size()), [&](int64_t unit, int) {
+      const Unit& u = units[unit];
+      const Part& p = parts[u.part];
+      const int extent = p.block.extent;
+      const char* from = grad.data + p.row * grad.stride * element;
+      char* to = lefts[u.part].data;
+      if (curved) {
+        const char* before = pre.data + p.row * pre.stride * element;
+        kernels_.slope({dtype, activation, from, before, to, grad.stride, pre.stride, stride, extent},
+                       u.begin, u.end);
+      }
+      for (int r = u.begin; r < u.end; ++r) {
+        if (!curved)
+          std::memcpy(to + r * stride * element, from + r * grad.stride * element, extent * element);
+        if (extent % group) std::memset(to + (r * stride + extent) * element, 0, element);
+      }
+    });
+    if (grad_x.data) {
+      const char* a = made ? scratch : grad.data;
+      const int words = (most + group - 1) / group;
+      multiply({dtype, a, stride * element, nullptr, nullptr, grad_x.data, grad_x.stride, nullptr, 0, 0,
+                Activation::kNone, nullptr},
+               columns, words, nullptr, tiles, panels, [&](int column, int count, char* to) {
+                 kernels_.panel_from_rows(dtype, weight.data + column * element, weight.stride * element,
+                                          most, count, to);
+               });
+    }
+    return lefts;
+  };
+  if (grad_weight.data) {
+    add_up(dtype, x, columns, blocks, rows, grad_weight, sums, inner);
+  } else if (most && columns) {
+    for (const Sum& parts : sums_of(blocks, group)) inner(parts);
+  }
 }
 
 void Ops::column_sums(DType dtype, View x, const std::vector<Block>& blocks, int columns, float* sums) {
@@ -410,28 +495,6 @@ void Ops::loss_backward(LossOp task, int64_t rows) {
   task.scale /= static_cast<float>(terms(task, rows));
   deal((rows + kRowsPerSum - 1) / kRowsPerSum, [&](int64_t part, int) {
     kernels_.loss_backward(task, part * kRowsPerSum, std::min(rows, (part + 1) * kRowsPerSum));
-  });
-}
-
-void Ops::slope(DType dtype, Activation activation, View grad, View pre, const std::vector<Block>& blocks,
-                View out) {
-  std::lock_guard<std::mutex> lock(turn_);
-  struct Unit {
-    int begin, end, extent;
-  };
-  std::vector<Unit> units;
-  int row = 0;
-  for (const Block& b : blocks) {
-    for (int64_t r = 0; r < b.rows; r += kRowsPerUnit)
-      units.push_back({row + static_cast<int>(r),
-                       row + static_cast<int>(std::min<int64_t>(r + kRowsPerUnit, b.rows)), b.extent});
-    row += static_cast<int>(b.rows);
-  }
-  deal(static_cast<int64_t>(units.size()), [&](int64_t unit, int) {
-    const Unit& u = units[unit];
-    const SlopeTask task{dtype,       activation, grad.data,  pre.data, out.data,
-                         grad.stride, pre.stride, out.stride, u.extent};
-    kernels_.slope(task, u.begin, u.end);
   });
 }
 

@@ -60,6 +60,13 @@ class Ops {
   void weight_gradient(DType dtype, View left, View right, int columns, const std::vector<Block>& blocks,
                        int rows, View out, float* sums = nullptr);
 
+  /// The gradients of expand, from that of its output: grad_x [T, D] as contract's output, grad_weight [rows,
+  /// D] and sums [rows] (the bias's) as weight_gradient's, of grad * activation'(pre), which is never whole
+  /// in memory. grad_x, or grad_weight and sums, may be null.
+  void expand_backward(DType dtype, Activation activation, View grad, View pre, View x, View weight,
+                       int columns, const std::vector<Block>& blocks, int rows, View grad_x, View grad_weight,
+                       float* sums, Panels panels = {});
+
   /// sums[i] = sum over rows whose extent is above i of x[r, i], zero from the largest extent up to
   /// `columns`.
   void column_sums(DType dtype, View x, const std::vector<Block>& blocks, int columns, float* sums);
@@ -80,27 +87,38 @@ class Ops {
   /// The student's gradient; `task.scale` is the loss's, and becomes the mean's here.
   void loss_backward(LossOp task, int64_t rows);
 
-  /// out = grad * activation'(pre), up to each row's extent.
-  void slope(DType dtype, Activation activation, View grad, View pre, const std::vector<Block>& blocks,
-             View out);
-
  private:
   template <class Work>
   void deal(int64_t count, Work&& work);
 
   void run(const std::function<void(int)>& work);
 
-  /// The product of `task` with every panel of B: `panels`, or what pack_panel(column, count, to) makes first.
+  /// The product of `task` with every panel of B: `panels`, or what pack_panel(column, count, to) makes
+  /// first.
   template <class PackPanel>
   void multiply(ProductTask task, int columns, int words, const float* bias,
                 const std::vector<ProductTile>& tiles, Panels panels, PackPanel&& pack_panel);
+
+  /// Rows of one extent, in a sum of a weight's gradient.
+  struct Part {
+    int64_t row;
+    Block block;
+    int64_t word;  // first within its sum; an odd block of bf16 ends with a zero
+  };
+  using Sum = std::vector<Part>;
+  static std::vector<Sum> sums_of(const std::vector<Block>& blocks, int group);
+
+  /// weight_gradient, where left(sum) gives for each part of a sum where its rows of `left` are.
+  template <class Left>
+  void add_up(DType dtype, View right, int columns, const std::vector<Block>& blocks, int rows, View out,
+              float* sums, Left&& left);
 
   const Kernels& kernels_;
   const int threads_;
   const OpenMpParallel parallel_;
   ThreadTeam team_;
   std::vector<Buffer> scratch_;  // of each thread
-  Buffer shared_[4];
+  Buffer shared_[5];
   std::mutex turn_;  // one op at a time
 };
 

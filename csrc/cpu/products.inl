@@ -123,7 +123,7 @@ void product_of(const ProductTask& task, const ProductTile* tiles, int count) {
     multiply<Dot>(tile.rows, task.a + tile.row * task.a_stride, task.a_stride, task.panel, tile.words, active,
                   start, acc, kPanelVectors);
     for (int r = 0; r < tile.rows; ++r) {
-      const int64_t row = tile.row + r;
+      const int64_t row = tile.row + tile.shift + r;
 #pragma GCC unroll 16
       for (int v = 0; v < kPanelVectors; ++v) {
         const int here = active - v * kLanes;

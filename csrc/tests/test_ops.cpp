@@ -750,17 +750,25 @@ void check_slope(DType dtype, Activation activation, const Grid& grad, const Gri
       outs.set(r, c, stored(dtype, grad.at(r, c) * slope_at(x, activation)),
                grad.at(r, c) * slope_at(static_cast<double>(x), activation));
     }
-  everywhere(
-      [&] { return tensors(std::move(Tensor(dtype, grad.rows, grad.columns, space).expect(extents))); },
-      [&](Ops& ops, const Tensors& to) {
-        ops.slope(dtype, activation, grad_in.view(), pre_in.view(), blocks, to[0].view());
-      },
-      [&](const Tensors& got) { CHECK_GOOD(wrong(dtype, got[0], outs, extents)); });
+  // The weight is the identity, so that the gradient of x is the slopes themselves.
+  const auto columns = static_cast<int>(grad.columns);
+  Grid one{columns, columns, std::vector<float>(grad.columns * grad.columns)};
+  for (int i = 0; i < columns; ++i) one.at(i, i) = 1;
+  const Tensor one_in(dtype, one, space);
+  const std::vector<int> whole(grad.rows, columns);
+  for (int64_t r = 0; r < grad.rows; ++r)
+    for (int c = extents[r]; c < columns; ++c) outs.set(r, c, 0, 0);
+  everywhere([&] { return tensors(std::move(Tensor(dtype, grad.rows, grad.columns, space).expect(whole))); },
+             [&](Ops& ops, const Tensors& to) {
+               ops.expand_backward(dtype, activation, grad_in.view(), pre_in.view(), {}, one_in.view(),
+                                   columns, blocks, columns, to[0].view(), {}, nullptr);
+             },
+             [&](const Tensors& got) { CHECK_GOOD(wrong(dtype, got[0], outs, whole)); });
 }
 
 constexpr Activation kCurved[] = {Activation::kGelu, Activation::kGeluTanh, Activation::kRelu};
 
-TEST(slope) {
+TEST(expand_backward_of_x) {
   Random random(51);
   for (const Choice& choice : pairs_among(kTypes, kColumns, kRows, kStaircases, kCurved, kSpaces)) {
     Chosen chosen(choice);
@@ -778,8 +786,8 @@ TEST(slope) {
   }
 }
 
-TEST(slope_from_end_to_end) {
-  constexpr int columns = 4096;
+TEST(slopes_from_end_to_end) {
+  constexpr int columns = 512;
   for (DType dtype : kTypes)
     for (Activation activation : kCurved)
       for (float reach : {0.05f, 0.5f, 3.f, 12.f, 1e4f}) {
@@ -790,6 +798,96 @@ TEST(slope_from_end_to_end) {
           pre.at(0, i) = stored(dtype, reach * (static_cast<float>(i) / (columns / 2) - 1));
         check_slope(dtype, activation, grad, pre, {{1, columns}}, {0, 0});
       }
+}
+
+/// All gradients of expand; more rows than are summed at a time where `rows` is large.
+void check_expand_backward(Random& random, DType dtype, Activation activation,
+                           const std::vector<Block>& blocks, int more, Space space) {
+  const std::vector<int> extents = extents_of(blocks);
+  const auto rows = static_cast<int64_t>(extents.size());
+  const int widest = largest_of(extents), all = widest + more, depth = 5;
+  const Grid grad = random_grid(random, dtype, rows, widest),
+             pre = random_grid(random, dtype, rows, widest, 2),
+             x = random_grid(random, dtype, rows, depth, 1, 2),
+             weight = random_grid(random, dtype, all, depth, 1, 2);
+  const Tensor grad_in(dtype, grad, extents, space), pre_in(dtype, pre, extents, {0, 3}),
+      x_in(dtype, x, space), weight_in(dtype, weight, space);
+  auto inner = [&](int64_t r, int i) {
+    const float at = pre.at(r, i);
+    if (activation == Activation::kNone) return std::pair<float, double>(grad.at(r, i), grad.at(r, i));
+    return std::pair<float, double>(stored(dtype, grad.at(r, i) * slope_at(at, activation)),
+                                    grad.at(r, i) * slope_at(static_cast<double>(at), activation));
+  };
+  Expected of_x(rows, depth), of_weight(all, depth), of_bias(1, all);
+  std::vector<float> plain(all * (depth + 1));
+  std::vector<double> truth(all * (depth + 1));
+  for (int64_t r = 0; r < rows; ++r) {
+    float x_plain[depth] = {};
+    double x_truth[depth] = {};
+    for (int i = 0; i < extents[r]; ++i) {
+      const auto [rounded, exact] = inner(r, i);
+      for (int n = 0; n < depth; ++n) {
+        x_plain[n] += rounded * weight.at(i, n), x_truth[n] += exact * weight.at(i, n);
+        plain[i * (depth + 1) + n] += rounded * x.at(r, n), truth[i * (depth + 1) + n] += exact * x.at(r, n);
+      }
+      plain[i * (depth + 1) + depth] += rounded, truth[i * (depth + 1) + depth] += exact;
+    }
+    for (int n = 0; n < depth; ++n) of_x.set(r, n, stored(dtype, x_plain[n]), x_truth[n]);
+  }
+  for (int i = 0; i < all; ++i) {
+    for (int n = 0; n < depth; ++n)
+      of_weight.set(i, n, stored(dtype, plain[i * (depth + 1) + n]), truth[i * (depth + 1) + n]);
+    of_bias.set(0, i, plain[i * (depth + 1) + depth], truth[i * (depth + 1) + depth]);
+  }
+  const std::vector<int> whole_rows(rows, depth), whole(all, depth);
+  everywhere(
+      [&] {
+        return tensors(std::move(Tensor(dtype, rows, depth, space).expect(whole_rows)),
+                       std::move(Tensor(dtype, all, depth, space).expect(whole)),
+                       std::move(Tensor(DType::kF32, 1, all).expect(0, all)));
+      },
+      [&](Ops& ops, const Tensors& to) {
+        ops.expand_backward(dtype, activation, grad_in.view(), pre_in.view(), x_in.view(), weight_in.view(),
+                            depth, blocks, all, to[0].view(), to[1].view(), to[2].floats());
+      },
+      [&](const Tensors& got) {
+        CHECK_GOOD(wrong(dtype, got[0], of_x, whole_rows));
+        CHECK_GOOD(wrong(dtype, got[1], of_weight, whole));
+        CHECK_GOOD(wrong(DType::kF32, got[2], of_bias, {all}));
+      });
+}
+
+TEST(expand_backward) {
+  Random random(52);
+  constexpr Activation activations[] = {Activation::kNone, Activation::kGelu, Activation::kRelu};
+  constexpr int more[] = {0, 3};
+  for (const Choice& choice : pairs_among(kTypes, kColumns, kRows, kStaircases, activations, more, kSpaces)) {
+    Chosen chosen(choice);
+    const DType dtype = chosen.from(kTypes);
+    const int extent = chosen.from(kColumns), rows = chosen.from(kRows);
+    const auto blocks = staircase(chosen.from(kStaircases), rows, extent);
+    const Activation activation = chosen.from(activations);
+    const int beyond = chosen.from(more);
+    const Space space = chosen.from(kSpaces);
+    const check::Where where(name_of(dtype) +
+                             numbers(" activation, more", static_cast<int>(activation), beyond) +
+                             numbers(", space", space.before, space.between) + ", " + describe(blocks));
+    check_expand_backward(random, dtype, activation, blocks, beyond, space);
+  }
+}
+
+TEST(expand_backward_in_several_sums) {
+  Random random(53);
+  for (DType dtype : kTypes)
+    for (Activation activation : {Activation::kNone, Activation::kGelu}) {
+      const int64_t sum = 2048 * group_of(dtype);
+      for (const std::vector<Block>& blocks : {std::vector<Block>{{sum - 3, 4}, {1, 9}, {sum + 5, 18}},
+                                               std::vector<Block>{{7, 6}, {2 * sum + 3, 2}}}) {
+        const check::Where where(name_of(dtype) + numbers(" activation", static_cast<int>(activation)) + " " +
+                                 describe(blocks));
+        check_expand_backward(random, dtype, activation, blocks, 1, {0, 3});
+      }
+    }
 }
 
 // ---- dropout ----

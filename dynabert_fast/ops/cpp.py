@@ -209,42 +209,27 @@ def expand_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.expand_backward`."""
     grad, x, weight = _adjacent(grad), _adjacent(x), _adjacent(weight)
-    native, bf16 = _native(), _is_bf16(x)
-    if activation:
-        pre = _adjacent(pre)
-        inner = torch.empty_like(pre)
-        if inner.numel():
-            native.slope(
-                bf16,
-                _ACTIVATIONS[activation],
-                _address(grad),
-                _address(pre),
-                extents,
-                rows,
-                _address(inner),
-            )
-        grad = inner
-    grad_x = grad_weight = grad_bias = x.new_empty(0)
-    if need_x:
-        grad_x = torch.empty_like(x)
-        if grad_x.numel():
-            panels = _panels(weight, True, x.shape[0])
-            native.contract(
-                bf16,
-                _address(grad),
-                _address(weight),
-                0,
-                x.shape[1],
-                extents,
-                rows,
-                _address(grad_x),
-                panels.address,
-            )
-    if need_weight:
-        sums = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
-        grad_weight = _weight_gradient(weight, grad, x, extents, rows, sums)
-        grad_bias = sums.to(x.dtype)
-    return grad_x, grad_weight, grad_bias
+    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    grad_weight = torch.empty_like(weight) if need_weight else x.new_empty(0)
+    sums = torch.empty(weight.shape[0] if need_weight else 0, dtype=torch.float32, device="cpu")
+    panels = _panels(weight, True, x.shape[0]) if grad_x.numel() else _Panels()
+    _native().expand_backward(
+        _is_bf16(x),
+        _ACTIVATIONS[activation],
+        _address(grad),
+        _address(_adjacent(pre)) if activation else (0, 0),
+        _address(x),
+        _address(weight),
+        x.shape[1],
+        extents,
+        rows,
+        weight.shape[0],
+        _address(grad_x),
+        _address(grad_weight),
+        sums.data_ptr() if need_weight else 0,
+        panels.address,
+    )
+    return grad_x, grad_weight, sums.to(x.dtype)
 
 
 def _gradient_of(x: Tensor, extents: Sequence[int], rows: Sequence[int]) -> Tensor:
@@ -254,33 +239,6 @@ def _gradient_of(x: Tensor, extents: Sequence[int], rows: Sequence[int]) -> Tens
         if extent < x.shape[1]:
             grad[first : first + count, extent:] = 0
         first += count
-    return grad
-
-
-def _weight_gradient(
-    weight: Tensor,
-    left: Tensor,
-    right: Tensor,
-    extents: Sequence[int],
-    rows: Sequence[int],
-    sums: Tensor | None = None,
-) -> Tensor:
-    """Like the weight: for each of its rows, the sum of `left` times `right` that reach it.
-
-    `sums`, `[K]` float32, gets the sums of left's columns.
-    """
-    grad = torch.empty_like(weight)
-    _native().weight_gradient(
-        _is_bf16(weight),
-        _address(left),
-        _address(right),
-        weight.shape[1],
-        extents,
-        rows,
-        weight.shape[0],
-        _address(grad),
-        0 if sums is None else sums.data_ptr(),
-    )
     return grad
 
 
@@ -336,10 +294,21 @@ def contract_backward(
                 panels.address,
             )
     if need_weight:
-        grad_weight = _weight_gradient(weight_t, x, grad, extents, rows)
-        columns = grad.shape[1]
+        native, bf16, columns = _native(), _is_bf16(grad), grad.shape[1]
+        # For each of the weight's rows the sum of x times grad over the tokens that reach it.
+        grad_weight = torch.empty_like(weight_t)
+        native.weight_gradient(
+            bf16,
+            _address(x),
+            _address(grad),
+            columns,
+            extents,
+            rows,
+            weight_t.shape[0],
+            _address(grad_weight),
+            0,
+        )
         sums = torch.empty(columns, dtype=torch.float32, device="cpu")
-        native, bf16 = _native(), _is_bf16(grad)
         native.column_sums(bf16, _address(grad), [columns], [len(grad)], columns, sums.data_ptr())
         grad_bias = sums.to(grad.dtype)
     return grad_x, grad_weight, grad_bias

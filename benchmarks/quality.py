@@ -130,6 +130,10 @@ RECIPES: dict[str, Recipe] = {
         "stage `depth` by sandwich: largest, smallest and 2 others a step",
         training={"depth": {"schedule": {"kind": "sandwich", "count": 2}}},
     ),
+    "rate": Recipe(
+        "stage `depth` at three times the rate, with warm-up",
+        training={"depth": {"learning_rate": 3e-4, "warmup": 0.1}},
+    ),
     "longer": Recipe("twice the epochs", epochs=2.0),
     "direct": Recipe(
         "straight to the grid, no stage `width`, twice the epochs",

@@ -214,6 +214,7 @@ def _task(task: Record, recipes: Mapping[str, str], main: str) -> Iterable[str]:
             ", ".join(str(run["seed"]) for run in found),
             spread([mean_cell(run) for run in found]),
             spread([worst_cell(run) for run in found]),
+            spread([100 * run["teacher"] - mean_cell(run) for run in found]),
             NONE if recipe == main else against(found, runs, mean_cell),
             NONE if recipe == main else against(found, runs, worst_cell),
             spread([_minutes(run) for run in found]),
@@ -221,7 +222,8 @@ def _task(task: Record, recipes: Mapping[str, str], main: str) -> Iterable[str]:
         for recipe, title in recipes.items()
         if (found := of_recipe(task, recipe))
     ]
-    head = ["recipe", "", "seeds", "mean of cells", "worst cell"]
+    paper = f" (paper: {_number(statistics.fmean(theirs.values()))})" if theirs else ""
+    head = ["recipe", "", "seeds", "mean of cells", "worst cell", f"mean drop{paper}"]
     yield from _table([*head, f"mean, to `{main}`", "worst, to it", "minutes"], rows)
     yield from ("", *_baselines(runs), "")
     yield from (_conditions(task), "")

@@ -297,8 +297,9 @@ def test_the_page(report, tmp_path):
     assert "| 1 | 2.0 ± 1.4 (−1.1) | 2.0 ± 1.4 (−0.7) | 2.0 ± 1.4 (5.0) |" in rte
     assert "| 0.25 | 2.0 ± 1.4 (2.5) | 2.0 ± 1.4 (2.5) | 8.0 ± 1.4 (7.9) |" in rte
     # Mean of cells (11 x 59 + 53) / 12 = 58.5 and 60.5; labels (11 x 56 + 52) / 12 = 55.7
-    assert "| **`paper`** | main | 1, 2 | 59.5 ± 1.4 | 54.0 ± 1.4 | – | – | 3.0 ± 0.0 |" in rte
-    assert "| `labels` | by labels | 2 | 55.7 | 52.0 | −4.8 | −3.0 | 3.0 |" in rte
+    main = "| **`paper`** | main | 1, 2 | 59.5 ± 1.4 | 54.0 ± 1.4 | 2.5 ± 1.4 | – | – | 3.0 ± 0.0 |"
+    assert main in rte
+    assert "| `labels` | by labels | 2 | 55.7 | 52.0 | 8.3 | −4.8 | −3.0 | 3.0 |" in rte
     # Mean drop 1.5 and 3.5; the paper's is 1.7, and 5 cells drop more than 2.0 or 8.0 in it.
     paper = report.paper_drops("rte")
     mean = sum(paper.values()) / 12

@@ -134,6 +134,11 @@ RECIPES: dict[str, Recipe] = {
         "stage `depth` at three times the rate, with warm-up",
         training={"depth": {"learning_rate": 3e-4, "warmup": 0.1}},
     ),
+    "rate-longer": Recipe(
+        "the same, and twice the epochs",
+        training={"depth": {"learning_rate": 3e-4, "warmup": 0.1}},
+        epochs=2.0,
+    ),
     "longer": Recipe("twice the epochs", epochs=2.0),
     "direct": Recipe(
         "straight to the grid, no stage `width`, twice the epochs",

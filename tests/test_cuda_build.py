@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = "encoder", "pointwise"
 ARCHITECTURES = "80", "90a"
+#: Of the encoder: three heights of a tile, two types of weights.
+KERNELS = 6
 #: Of a thread: a block of 256 has all of a multiprocessor's 65536 registers.
 REGISTERS = 255
 
@@ -80,7 +82,7 @@ def instructions(file: Path) -> Counter[str]:
 def test_fits_and_does_not_spill(compiled, source, architecture):
     _, report = compiled(source, architecture)
     kernels = report.count("Compiling entry function")
-    assert kernels == {"encoder": 3, "pointwise": 4}[source]
+    assert kernels == {"encoder": KERNELS, "pointwise": 4}[source]
     clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
     assert report.count(clean) == kernels, report
     used = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
@@ -107,19 +109,45 @@ def test_the_encoder_has_the_instructions_of_its_design(compiled, architecture):
     def count(start: str) -> int:
         return sum(n for full, n in found.items() if full.startswith(start))
 
-    # Products on tensor cores, bfloat16 with sums in float32.
-    assert found["HMMA.16816.F32.BF16"] >= 3 * 100
+    # Products on tensor cores, bfloat16 with sums in float32; on an H100 those of bfloat16 weights
+    # and tiles of 64 rows by wgmma, of each width, in four places of two steps.
+    assert found["HMMA.16816.F32.BF16"] >= 500
     assert count("HMMA") == found["HMMA.16816.F32.BF16"]
-    # Weights: 16 bytes a lane, in the background, past the first-level cache.
-    assert count("LDGSTS.E.BYPASS") >= 3
-    assert count("LDGSTS") == sum(
-        n for full, n in found.items() if full.startswith("LDGSTS.E.BYPASS") and "128" in full
-    )
+    widths = range(8, 65, 8) if architecture == "90a" else ()
+    assert {k: n for k, n in found.items() if k.startswith("HGMMA")} == {
+        f"HGMMA.64x{width}x16.F32.BF16": 8 for width in widths
+    }
+    # Weights come in the background: by bulk copies that an mbarrier counts, or 16 bytes a lane,
+    # past the first-level cache. bfloat16 is read as matrices.
+    bulk = architecture == "90a"
+    assert (count("UBLKCP") >= KERNELS) == (count("SYNCS.PHASECHK") >= KERNELS) == bulk
+    assert (count("SYNCS.ARRIVE") >= KERNELS) == (count("FENCE.VIEW.ASYNC") >= KERNELS) == bulk
+    assert (count("LDGSTS.E.BYPASS.128") >= KERNELS) == (not bulk)
+    assert count("LDGSTS") == count("LDGSTS.E.BYPASS.128")
+    assert count("LDSM.16.M88.4") >= 2 * 8
     # Activations: 16 bytes, from the cache that all multiprocessors share.
     wide = [n for full, n in found.items() if full.startswith("LDG.E.128") and "STRONG.GPU" in full]
-    assert sum(wide) >= 3 * 10
+    assert sum(wide) >= KERNELS * 10
     # Nothing lies in local memory.
     assert count("LDL") == count("STL") == 0
     # The grid's barrier, and its last arrival: an addition without an answer, behind one fence.
     assert count("ATOM") == 0
-    assert count("RED") == count("MEMBAR") == 3 * 2
+    assert count("RED") == sum(n for k, n in found.items() if re.match(r"MEMBAR.*\.GPU", k))
+    assert count("RED") == KERNELS * 2
+
+
+@pytest.mark.slow
+def test_no_product_waits_for_the_one_before(compiled):
+    """ptxas says where it had to put wgmma one after the other."""
+    _, report = compiled("encoder", "90a")
+    assert "wgmma" not in report
+    assert "C75" not in report
+
+
+@pytest.mark.slow
+def test_bulk_copies_without_wgmma(compiled):
+    """Compiled for sm_90 without its own features, or for a later card."""
+    file, _ = compiled("encoder", "90")
+    found = instructions(file)
+    assert any(name.startswith("UBLKCP") for name in found)
+    assert not any(name.startswith("HGMMA") for name in found)

@@ -72,7 +72,7 @@ def instructions(file: Path) -> Counter[str]:
     text = subprocess.run(
         [needs("cuobjdump"), "-sass", file], capture_output=True, text=True, check=True
     ).stdout
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9.]*)", text)
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Za-z0-9.]*)", text)
     return Counter(found)
 
 

@@ -525,6 +525,19 @@ TEST(every_width_of_a_unit) {
   }
 }
 
+/// So many chunks that all registers of A are filled again.
+TEST(long_sums) {
+  for (bool int8 : {false, true}) {
+    const Model model({1000, 32, 1, 40, 1}, int8);
+    for (bool hopper : {false, true}) {
+      for (int rows : kTileRows) {
+        const check::Where where(std::string(hopper ? "sm_90a " : "sm_80 ") + std::to_string(rows) + " rows");
+        compare(model, {{0}, {1}, {40}}, {rows, hopper, 3, {0, 17}, 17, Activation::kGelu, true});
+      }
+    }
+  }
+}
+
 TEST(tokens_of_no_sequence_and_sequences_of_no_token) {
   const Model model(kTiny);
   const Subnet net = subnet(kTiny, 0.5, 0.5);

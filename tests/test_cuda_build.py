@@ -67,13 +67,18 @@ def compiled(tmp_path_factory):
     return compile_one
 
 
-def instructions(file: Path) -> Counter[str]:
-    """How often each instruction is in the machine code, with its modifiers."""
+@functools.cache
+def listing(file: Path) -> list[str]:
+    """The machine code, an instruction each."""
     text = subprocess.run(
         [needs("cuobjdump"), "-sass", file], capture_output=True, text=True, check=True
     ).stdout
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Za-z0-9.]*)", text)
-    return Counter(found)
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*)", text)
+
+
+def instructions(file: Path) -> Counter[str]:
+    """How often each instruction is in the machine code, with its modifiers."""
+    return Counter(re.findall(r"^\S+", line)[0] for line in listing(file))
 
 
 @pytest.mark.slow
@@ -110,12 +115,12 @@ def test_the_encoder_has_the_instructions_of_its_design(compiled, architecture):
         return sum(n for full, n in found.items() if full.startswith(start))
 
     # Products on tensor cores, bfloat16 with sums in float32; on an H100 those of bfloat16 weights
-    # and tiles of 64 rows by wgmma, of each width, in four places of two steps.
+    # and tiles of 64 rows by wgmma, of each width: four chunks of two steps, and four more at last.
     assert found["HMMA.16816.F32.BF16"] >= 500
     assert count("HMMA") == found["HMMA.16816.F32.BF16"]
     widths = range(8, 65, 8) if architecture == "90a" else ()
     assert {k: n for k, n in found.items() if k.startswith("HGMMA")} == {
-        f"HGMMA.64x{width}x16.F32.BF16": 8 for width in widths
+        f"HGMMA.64x{width}x16.F32.BF16": 16 for width in widths
     }
     # Weights come in the background: by bulk copies that an mbarrier counts, or 16 bytes a lane,
     # past the first-level cache. bfloat16 is read as matrices.
@@ -134,6 +139,26 @@ def test_the_encoder_has_the_instructions_of_its_design(compiled, architecture):
     assert count("ATOM") == 0
     assert count("RED") == sum(n for k, n in found.items() if re.match(r"MEMBAR.*\.GPU", k))
     assert count("RED") == KERNELS * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_activations_come_in_the_background(compiled, architecture):
+    """A copy of a register that is being loaded would wait for the load where it was begun."""
+    lines = listing(compiled("encoder", architecture)[0])
+    loads = 0
+    for i, line in enumerate(lines):
+        load = re.match(r"LDG\.E\.128\.STRONG\.GPU R(\d+)", line)
+        if not load:
+            continue
+        loads += 1
+        registers = {f"R{int(load[1]) + k}" for k in range(4)}
+        for later in lines[i + 1 : i + 24]:
+            copied = re.match(r"(?:MOV|IMAD\.MOV\.U32) .*\b(R\d+)\s*$", later)
+            assert not copied or copied[1] not in registers, (line, later)
+            if re.match(r"\S+ " + load[0].split()[1] + r"\b", later):
+                break  # a register of another value
+    assert loads >= KERNELS * 10
 
 
 @pytest.mark.slow

@@ -113,9 +113,9 @@ struct Gpu {
   }
 
   template <int kBlocks>
-  __device__ __forceinline__ void wgmma(PerLane<Float4> (&sums)[8], const PerLane<Word4>& upper,
-                                        const PerLane<Word4>& lower, int s, int at, int run) const {
-    cuda::wgmma<kBlocks>(sums, fragment_a(upper[0], lower[0], s), describe(base + at, run));
+  __device__ __forceinline__ void wgmma(PerLane<Float4> (&sums)[8], const PerLane<Fragment>& a, int at,
+                                        int run) const {
+    cuda::wgmma<kBlocks>(sums, a[0], describe(base + at, run));
   }
   __device__ __forceinline__ void wgmma_fence() const { cuda::wgmma_fence(); }
   __device__ __forceinline__ void wgmma_commit() const { cuda::wgmma_commit(); }

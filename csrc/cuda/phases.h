@@ -17,8 +17,8 @@
 //   copy(to, p)                  where copies are not in bulk: 16 bytes of weights into shared memory, later
 //   matrices(at, b)              four core matrices at this byte of shared memory, a row's word for each lane
 //   bytes(at, b)                 256 bytes there, 8 for each lane
-//   wgmma<blocks>(sums, upper, lower, s, at, run)
-//                                begins sums += step s of a product, see `fragment_a` and `describe`
+//   wgmma<blocks>(sums, a, at, run)
+//                                begins sums += a b, with b as in `describe`
 //   wgmma_fence(), wgmma_commit(), wgmma_wait<n>()
 //                                registers are ready; these are a group; waits for all groups but n
 #pragma once
@@ -119,7 +119,7 @@ struct ProductTile {
   static constexpr int kRowGroups = row_groups(kRows, kWide);
   static constexpr int kParts = kWarps / kRowGroups;
   static constexpr int kFragments = kRows / 16 / kRowGroups;
-  static constexpr int kAhead = kWide ? 4 : 3;  // chunks of A that registers hold
+  static constexpr int kAhead = chunks_ahead(kWide);
 
   PerLane<Word4> a[kAhead][kFragments][2];
   PerLane<Float4> sums[kFragments][8];
@@ -127,6 +127,8 @@ struct ProductTile {
   HD int part(const M& m) const { return m.warp / kRowGroups; }
   HD int first_row(const M& m) const { return m.warp % kRowGroups * kFragments * 16; }
 
+  /// What lies beyond the tokens or the sum is loaded as what lies before: a condition for each lane would
+  /// have its load waited for where it is given.
   HD void load(M& m, const Encoder& e, const Product& p, const Unit& u, int chunk,
                PerLane<Word4> (&to)[kFragments][2]) {
     UNROLL
@@ -134,20 +136,37 @@ struct ProductTile {
       UNROLL
       for (int half = 0; half < 2; ++half) {
         each_lane([&](int lane) {
-          const int row = u.row + first_row(m) + 16 * f + 8 * half + lane_row(lane);
-          const int index = u.first + chunk * kChunk + chunk_index(lane);
-          to[f][half][lane] = {};
-          if (row < e.tokens && index < u.last)
-            to[f][half][lane] = m.activations(p.a + (static_cast<int64_t>(row) * p.depth + index));
+          const int row = smaller(e.tokens - 1, u.row + first_row(m) + 16 * f + 8 * half + lane_row(lane));
+          const int index = smaller(u.last - 8, u.first + chunk * kChunk + chunk_index(lane));
+          to[f][half][lane] = m.activations(p.a + (static_cast<int64_t>(row) * p.depth + index));
         });
       }
     }
   }
 
-  /// wgmma still reads a chunk's registers when the next is multiplied: theirs are filled one chunk later.
+  /// Both steps of the operand A, with zeros beyond the sum: the weights there are those of other units. Rows
+  /// beyond the tokens are computed, and not stored. The instruction wants other registers than those that 16
+  /// bytes were loaded into; the mask is what brings them there, here and not where they were loaded.
+  HD static void operands(const Unit& u, int chunk, const PerLane<Word4> (&from)[2],
+                          PerLane<Fragment> (&to)[2]) {
+    const int left = u.last - u.first - chunk * kChunk;
+    UNROLL
+    for (int s = 0; s < 2; ++s) {
+      each_lane([&](int lane) {
+        const uint32_t mask = chunk_index(lane) < left ? ~0u : 0u;
+        to[s][lane] = fragment_a(from[0][lane], from[1][lane], s);
+        UNROLL
+        for (int i = 0; i < 4; ++i) to[s][lane].a[i] &= mask;
+      });
+    }
+  }
+
   HD void begin(M& m, const Encoder& e, const Product& p, const Unit& u) {
     UNROLL
-    for (int s = 0; s < kAhead - (kWide ? 1 : 0); ++s) load(m, e, p, u, part(m) + s * kParts, a[s]);
+    for (int s = 0; s < kAhead; ++s) {
+      const int chunk = part(m) + s * kParts;
+      if (kWide || chunk < unit_chunks(u)) load(m, e, p, u, chunk, a[s]);
+    }
     UNROLL
     for (int f = 0; f < kFragments; ++f) {
       UNROLL
@@ -175,8 +194,11 @@ struct ProductTile {
         for (int s = 0; s < kAhead; ++s) {
           const int chunk = base + s * kParts;
           if (chunk < chunks) {
-            multiply_chunk(m, weights + chunk * block_bytes(kInt8), run, u.blocks, a[s]);
+            PerLane<Fragment> left[kFragments][2];
+            UNROLL
+            for (int f = 0; f < kFragments; ++f) operands(u, chunk, a[s][f], left[f]);
             if (chunk + kAhead * kParts < chunks) load(m, e, p, u, chunk + kAhead * kParts, a[s]);
+            multiply_chunk(m, weights + chunk * block_bytes(kInt8), run, u.blocks, left);
           }
         }
       }
@@ -185,28 +207,42 @@ struct ProductTile {
 
   template <int kBlocks>
   HD void multiply_wide(M& m, const Encoder& e, const Product& p, const Unit& u, int weights) {
-    const int chunks = unit_chunks(u), run = unit_run(p, u);
-    for (int base = part(m); base < chunks; base += kAhead * kParts) {
-      UNROLL
-      for (int s = 0; s < kAhead; ++s) {
-        const int chunk = base + s * kParts, later = chunk + (kAhead - 1) * kParts;
-        if (chunk < chunks) {
-          m.wgmma_fence();
-          UNROLL
-          for (int step = 0; step < 2; ++step) {
-            m.template wgmma<kBlocks>(sums[0], a[s][0][0], a[s][0][1], step,
-                                      weights + chunk * block_bytes(false) + step * kStepBytes, run);
-          }
-          m.wgmma_commit();
-          m.template wgmma_wait<1>();
-          if (later < chunks) load(m, e, p, u, later, a[(s + kAhead - 1) % kAhead]);
-        }
-      }
-    }
+    PerLane<Fragment> left[2][2];
+    const int chunks = unit_chunks(u);
+    int base = part(m);
+    for (; base + kAhead * kParts < chunks; base += kAhead * kParts)
+      multiply_round<kBlocks, true>(m, e, p, u, weights, base, left);
+    multiply_round<kBlocks, false>(m, e, p, u, weights, base, left);
     m.template wgmma_wait<0>();
   }
 
-  HD void multiply_chunk(M& m, int at, int run, int blocks, const PerLane<Word4> (&left)[kFragments][2]) {
+  /// As many chunks as registers hold, from chunk `base` on; with `kMore`, what comes after is loaded. There
+  /// are no conditions: branches would make one wgmma wait for the one before. Beyond the sum A is zero, and
+  /// the weights are those of the last chunk, for what lies behind may be no number. While wgmma reads the
+  /// operands of a chunk, those of the next are made.
+  template <int kBlocks, bool kMore>
+  HD void multiply_round(M& m, const Encoder& e, const Product& p, const Unit& u, int weights, int base,
+                         PerLane<Fragment> (&left)[2][2]) {
+    static_assert(kAhead % 2 == 0, "a chunk's operands are not those of the one before");
+    const int last = unit_chunks(u) - 1, run = unit_run(p, u);
+    UNROLL
+    for (int s = 0; s < kAhead; ++s) {
+      const int chunk = base + s * kParts;
+      operands(u, chunk, a[s][0], left[s % 2]);
+      if constexpr (kMore) load(m, e, p, u, chunk + kAhead * kParts, a[s]);
+      m.wgmma_fence();
+      UNROLL
+      for (int step = 0; step < 2; ++step) {
+        m.template wgmma<kBlocks>(sums[0], left[s % 2][step],
+                                  weights + smaller(chunk, last) * block_bytes(false) + step * kStepBytes,
+                                  run);
+      }
+      m.wgmma_commit();
+      m.template wgmma_wait<1>();
+    }
+  }
+
+  HD void multiply_chunk(M& m, int at, int run, int blocks, const PerLane<Fragment> (&left)[kFragments][2]) {
     UNROLL
     for (int j = 0; j < 8; ++j) {
       if (j < blocks) {
@@ -226,11 +262,7 @@ struct ProductTile {
           PerLane<Pair> pair;
           each_lane([&](int lane) { pair[lane] = {{b[lane].word[2 * s], b[lane].word[2 * s + 1]}}; });
           UNROLL
-          for (int f = 0; f < kFragments; ++f) {
-            PerLane<Fragment> fragment;
-            each_lane([&](int lane) { fragment[lane] = fragment_a(left[f][0][lane], left[f][1][lane], s); });
-            multiply_add(sums[f][j], fragment, pair);
-          }
+          for (int f = 0; f < kFragments; ++f) multiply_add(sums[f][j], left[f][s], pair);
         }
       }
     }

@@ -63,7 +63,8 @@ inline double cost(const Product& p, int tokens, int tile_rows, const Device& de
   // Weights come ahead of the barrier, but over the same wires: half of their time is hidden. Products begin
   // when the first of A is there; where chunks are no multiple of the parts, some warps wait.
   const double loads = (2.0 * tile_rows * depth + weight_bytes(p) / 2.0) / kL2;
-  const int steps = ceil_div(ceil_div(depth, kChunk), parts) * parts * kChunk;
+  const int together = parts * (wide ? chunks_ahead(wide) : 1) * kChunk;
+  const int steps = ceil_div(depth, together) * together;
   const int counted = wide ? std::max(columns, kLeastWide) : columns;
   double products = 1.0 * tile_rows * counted * steps / (wide ? kWideProducts : kProducts);
   if (p.int8) products += 1.0 * groups * columns * steps / kWidened;

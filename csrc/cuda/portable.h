@@ -68,11 +68,12 @@ HD void each_lane(F f) {
 #endif
 }
 
-/// Calls f() in one lane of a warp.
+/// Calls f() in one lane of a warp; the others wait, as what follows may need all.
 template <class F>
 HD void one_lane(F f) {
 #if defined(__CUDA_ARCH__)
   if (threadIdx.x % kLanes == 0) f();
+  __syncwarp();
 #else
   f();
 #endif

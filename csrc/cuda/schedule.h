@@ -32,6 +32,9 @@ constexpr int kSmallWords = kSmallOffsets + kKeptSequences + 1;
 /// Groups of warps along a tile's rows; warps of a group share the sum. `wide` with wgmma.
 HD constexpr int row_groups(int tile_rows, bool wide) { return tile_rows == 64 ? (wide ? 4 : 2) : 1; }
 
+/// Chunks of A that a warp's registers hold; with wgmma all of them are multiplied, the sum's or zeros.
+HD constexpr int chunks_ahead(bool wide) { return wide ? 4 : 3; }
+
 /// Sizes of a unit of a product.
 struct Tiling {
   uint16_t columns;  // of the output, a multiple of 8

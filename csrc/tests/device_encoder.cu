@@ -1,6 +1,6 @@
-// The encoder's kernels on a GPU, without Python: every sub-network of a grid against plain loops, in bfloat16
-// and with int8 weights, twice, from memory that holds NaN. A program to run by itself, or under compute-sanitizer
-// (tests/engine/test_persistent.py does both).
+// The encoder's kernels on a GPU, without Python: every sub-network of a grid against plain loops, in
+// bfloat16 and with int8 weights, twice, from memory that holds NaN. A program to run by itself, or under
+// compute-sanitizer (tests/engine/test_persistent.py does both).
 //
 //   device_encoder            small sizes, for a sanitizer
 //   device_encoder base       BERT-base with random weights, 128 tokens: errors, and microseconds of a launch
@@ -124,9 +124,10 @@ bool compare(const Model& model, const std::vector<Layer>& layers, const Subnet&
     }
     const double ours = largest_error(first.data(), exact);
     const bool good = ours <= 2 * theirs && first == second;
-    std::printf("%s %s, %d layers of %d heads, %d blocks, tiles of %d rows: error %.4f, of plain bfloat16 %.4f%s",
-                good ? "ok  " : "FAIL", e.int8 ? "int8" : "bf16", e.layers, net.heads[0], found.blocks, rows,
-                ours, theirs, first == second ? "" : ", another result the second time");
+    std::printf(
+        "%s %s, %d layers of %d heads, %d blocks, tiles of %d rows: error %.4f, of plain bfloat16 %.4f%s",
+        good ? "ok  " : "FAIL", e.int8 ? "int8" : "bf16", e.layers, net.heads[0], found.blocks, rows, ours,
+        theirs, first == second ? "" : ", another result the second time");
     if (times) std::printf(", %.1f us", microseconds(e, found));
     std::printf("\n");
     all &= good;

@@ -153,8 +153,8 @@ struct Simulated {
 
   struct Wide {
     PerLane<Float4> (*sums)[8];
-    const PerLane<Word4>*upper, *lower;
-    int step, blocks;
+    const PerLane<Fragment>* a;
+    int blocks;
     uint64_t b;
   };
 
@@ -275,11 +275,10 @@ struct Simulated {
 
   /// Computed as late as can be, from what registers and shared memory then hold.
   template <int kBlocks>
-  void wgmma(PerLane<Float4> (&sums)[8], const PerLane<Word4>& upper, const PerLane<Word4>& lower, int s,
-             int at, int run) {
+  void wgmma(PerLane<Float4> (&sums)[8], const PerLane<Fragment>& a, int at, int run) {
     if (!fenced) wrong("wgmma", "begins without a fence");
     const uint64_t b = describe(kBase + at, run);
-    open.push_back({&sums, &upper, &lower, s, kBlocks, b});
+    open.push_back({&sums, &a, kBlocks, b});
     own->asked[warp] = own->asked[warp] * 31 + (b ^ kBlocks);
   }
   void wgmma_fence() { fenced = true; }
@@ -302,10 +301,8 @@ struct Simulated {
     auto field = [&](int bit) { return static_cast<int>(w.b >> bit & 0x3fff) << 4; };
     const int start = field(0) - static_cast<int>(kBase), leading = field(16), stride = field(32);
     for (int j = 0; j < w.blocks; ++j) {
-      PerLane<Fragment> a;
       PerLane<Pair> b;
       for (int lane = 0; lane < kLanes; ++lane) {
-        a[lane] = fragment_a((*w.upper)[lane], (*w.lower)[lane], w.step);
         for (int i = 0; i < 2; ++i) {
           const int index = 2 * lane_step(lane) + 8 * i;
           const std::size_t at =
@@ -314,7 +311,7 @@ struct Simulated {
           std::memcpy(&b[lane].b[i], shared + at, 4);
         }
       }
-      multiply_add((*w.sums)[j], a, b);
+      multiply_add((*w.sums)[j], *w.a, b);
     }
   }
 

@@ -234,9 +234,12 @@ LATENCY_BARS = {("w1.00-d1.00", 128): 0.2, ("w0.25-d0.50", 128): 0.06}
 
 
 @functools.cache
-def persistent() -> GpuEngine:
+def persistent(weights: str) -> GpuEngine:
     """As the engine of `models`, its layers in one kernel where that can be."""
-    return GpuEngine(dynabert().to(GPU.device), "bf16", persistent=True)
+    return GpuEngine(dynabert().to(GPU.device), "bf16", persistent=True, weights=weights)
+
+
+WEIGHTS = {"bf16": 2, "int8": 1}  # bytes of one
 
 
 @pytest.mark.parametrize("subnet", ["w1.00-d1.00", "w0.25-d0.50"])
@@ -245,28 +248,36 @@ def persistent() -> GpuEngine:
 def test_latency(benchmark, batch, length, subnet):
     """All layers in one kernel, against a graph of kernels, and the time to read the weights."""
     try:
-        ours, (_, graphs) = persistent(), models()
+        ours, (_, graphs) = {w: persistent(w) for w in WEIGHTS}, models()
     except InputError as error:
         pytest.skip(str(error))
-    chosen = Subnet.parse(ours.config, subnet)
+    chosen = Subnet.parse(graphs.config, subnet)
     ids = torch.randint(1000, 30000, (batch, length), device=GPU.device)
-    if why := ours.why_not_persistent(Bucket.of(ids.numel(), batch, length), chosen):
+    if why := ours["bf16"].why_not_persistent(Bucket.of(ids.numel(), batch, length), chosen):
         pytest.skip(why)
-    both = [e(ids, subnet=chosen).last_hidden_state for e in (ours, graphs)]
-    agree("bf16", both[:1], both[1:])
-    runs = {
-        "one kernel": lambda: ours(ids, subnet=chosen),
-        "a graph of kernels": lambda: graphs(ids, subnet=chosen),
+    want = graphs(ids, subnet=chosen).last_hidden_state
+    agree("bf16", [ours["bf16"](ids, subnet=chosen).last_hidden_state], [want])
+    # int8 has other weights: tests/engine/test_persistent.py compares it with the model of these.
+    near = ours["int8"](ids, subnet=chosen).last_hidden_state
+    similar = F.cosine_similarity(near.float(), want.float(), dim=-1).min().item()
+    assert similar > 0.9, similar
+    runs: dict[str, Run] = {
+        f"one kernel, {weights}": functools.partial(engine, ids, subnet=chosen)
+        for weights, engine in ours.items()
     }
+    runs["a graph of kernels"] = lambda: graphs(ids, subnet=chosen)
     rows = race(benchmark, runs)
-    heads, neurons = sum(chosen.heads), sum(chosen.neurons)
-    weights = 2 * D * (4 * HEAD * heads + 2 * neurons)
-    floor = 1e3 * weights / MEMORY  # ms
-    mine = rows["one kernel"]["ms"]
-    rows["one kernel"]["share"] = floor / mine
+    elements = D * (4 * HEAD * sum(chosen.heads) + 2 * sum(chosen.neurons))
+    bars = []
+    for weights, size in WEIGHTS.items():
+        row = rows[f"one kernel, {weights}"]
+        row["dtype"] = weights
+        row["share"] = 1e3 * size * elements / MEMORY / row["ms"]
+        bars.append(bar(f"share of the floor of {weights} weights", row["share"]))
+    mine = rows["one kernel, bf16"]["ms"]
     rows["a graph of kernels"]["ratio"] = rows["a graph of kernels"]["ms"] / mine
     most = LATENCY_BARS.get((subnet, length)) if batch == 1 else None
-    bars = [bar("ms", mine, most=most), bar("share of the weights' floor", floor / mine)]
+    bars.append(bar("ms", mine, most=most))
     _record(benchmark, f"latency {subnet} {batch}x{length}", list(rows.values()), bars)
 
 

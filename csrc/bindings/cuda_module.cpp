@@ -4,6 +4,7 @@
 
 #include <array>
 #include <optional>
+#include <tuple>
 
 #include "../cuda/encoder.h"
 #include "../cuda/matmul.h"
@@ -40,11 +41,11 @@ class PersistentEncoder {
  public:
   static constexpr int kWeights = 12;  // of a layer, in the order of `Layer`
 
-  PersistentEncoder(int tokens, int sequences, int longest, int hidden, int head_size,
-                    const std::string& activation, float eps,
+  PersistentEncoder(int tokens, int sequences, int longest, int hidden, int head_size, int heads, int neurons,
+                    bool int8, const std::string& activation, float eps,
                     const std::vector<std::array<uintptr_t, kWeights>>& weights,
                     const std::vector<std::pair<int, int>>& extents,
-                    std::optional<std::pair<int, int>> device, int tile_rows) {
+                    std::optional<std::tuple<int, int, bool>> device, int tile_rows) {
     if (weights.size() != extents.size() || weights.size() > kMostLayers) {
       throw std::invalid_argument("there must be the extents of each of 1 to " + std::to_string(kMostLayers) +
                                   " layers, got " + std::to_string(weights.size()) + " layers, " +
@@ -52,22 +53,24 @@ class PersistentEncoder {
     }
     e_.tokens = tokens, e_.sequences = sequences, e_.longest = longest;
     e_.hidden = hidden, e_.head_size = head_size;
+    e_.heads = heads, e_.neurons = neurons, e_.int8 = int8;
     e_.activation = activation_from(activation);
     e_.eps = eps;
     e_.scale = static_cast<float>(M_LOG2E / std::sqrt(head_size));
     e_.layers = static_cast<int>(weights.size());
     for (int i = 0; i < e_.layers; ++i) {
       const auto& w = weights[i];
+      auto packed = [&](int n) { return pointer<const char>(w[n]); };
       auto at = [&](int n) { return pointer<const Bf16>(w[n]); };
-      e_.layer[i] = {at(0),
+      e_.layer[i] = {packed(0),
                      at(1),
-                     at(2),
+                     packed(2),
                      at(3),
                      at(4),
                      at(5),
-                     at(6),
+                     packed(6),
                      at(7),
-                     at(8),
+                     packed(8),
                      at(9),
                      at(10),
                      at(11),
@@ -81,13 +84,19 @@ class PersistentEncoder {
         if (address % 16) throw std::invalid_argument("weights must begin at multiples of 16 bytes");
       }
     }
-    plan_ = plan(e_, device ? Device{device->first, device->second} : current_device(), tile_rows);
+    Device on{};
+    if (device) {
+      std::tie(on.multiprocessors, on.shared_bytes, on.wgmma) = *device;
+    } else {
+      on = current_device();
+    }
+    plan_ = plan(e_, on, tile_rows);
     lay_out();
   }
 
   std::size_t workspace_bytes() const { return workspace_; }
   int blocks() const { return plan_.blocks; }
-  int tile_rows() const { return plan_.tile.rows(); }
+  int tile_rows() const { return plan_.tile_rows; }
 
   /// x [T, D] becomes the last layer's output. The workspace's first 4 bytes are zero at its first use.
   void run(uintptr_t x, uintptr_t offsets, uintptr_t workspace, uintptr_t stream) const {
@@ -165,16 +174,17 @@ PYBIND11_MODULE(_cuda, module) {
   py::register_exception<CudaError>(module, "CudaError", PyExc_RuntimeError);
   py::register_exception<MatmulError>(module, "MatmulError", PyExc_RuntimeError);
   module.attr("architectures") = DYNABERT_CUDA_ARCHITECTURES;
-  std::vector<int> rows;
-  for (TileShape tile : kTileShapes) rows.push_back(tile.rows());
-  module.attr("tile_rows") = rows;
+  module.attr("tile_rows") = std::vector<int>(std::begin(kTileRows), std::end(kTileRows));
+  module.def("packed_offset", &packed_offset, py::arg("int8"), py::arg("columns"), py::arg("depth"),
+             py::arg("column"), py::arg("index"));
   py::class_<PersistentEncoder>(module, "PersistentEncoder")
-      .def(py::init<int, int, int, int, int, std::string, float,
+      .def(py::init<int, int, int, int, int, int, int, bool, std::string, float,
                     std::vector<std::array<uintptr_t, PersistentEncoder::kWeights>>,
-                    std::vector<std::pair<int, int>>, std::optional<std::pair<int, int>>, int>(),
+                    std::vector<std::pair<int, int>>, std::optional<std::tuple<int, int, bool>>, int>(),
            py::arg("tokens"), py::arg("sequences"), py::arg("longest"), py::arg("hidden"),
-           py::arg("head_size"), py::arg("activation"), py::arg("eps"), py::arg("weights"),
-           py::arg("extents"), py::arg("device") = py::none(), py::arg("tile_rows") = 0)
+           py::arg("head_size"), py::arg("heads"), py::arg("neurons"), py::arg("int8"), py::arg("activation"),
+           py::arg("eps"), py::arg("weights"), py::arg("extents"), py::arg("device") = py::none(),
+           py::arg("tile_rows") = 0)
       .def_property_readonly("workspace_bytes", &PersistentEncoder::workspace_bytes)
       .def_property_readonly("blocks", &PersistentEncoder::blocks)
       .def_property_readonly("tile_rows", &PersistentEncoder::tile_rows)

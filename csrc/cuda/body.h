@@ -5,12 +5,16 @@
 // Beside what phases.h asks of it, the machine `M` has
 //   block, grid        number of this block, and how many there are
 //   sync()             waits for the block's warps
-//   copies_arrive()    waits for what this warp copies
+//   prepare()          makes the buffers' mbarriers, before any copy
+//   arrived(b, parity) waits for what is copied into buffer b: by this thread, or in bulk. The parity is that
+//                      of how often it was filled before
+//   give_back()        what this thread put into buffers comes before bulk copies behind the next sync()
 //   meet(number)       waits for all blocks; they then see what each wrote. The barrier of this number, from
 //   0 leave()            what a barrier adds, without waiting
 //
-// Shared memory: `kSmallBytes`, then two buffers. One holds the weights of the unit being computed, then its
-// sums; the other receives the weights of the next. Attention has the one that waits for none.
+// Shared memory: `kSmallBytes`, then two buffers that units of products have by turns. One holds the weights
+// of the unit being computed, then its sums; the other receives the weights of the next. Attention has the
+// one that waits for none.
 #pragma once
 
 #include "phases.h"
@@ -18,43 +22,48 @@
 
 namespace dynabert::cuda {
 
-/// Two buffers in shared memory, and whose weights the first holds.
+/// A block's units of products.
 struct Stream {
-  int full, empty;
+  int turn;  // units computed
   Cursor next;
   Unit unit;  // that of `next`: behind a barrier there is no time for divisions
+
+  HD static int buffer(int turn) { return turn % 2; }
+  HD static int parity(int turn) { return turn / 2 % 2; }
+  HD static int place(const Encoder& e, int turn) { return kSmallBytes + buffer(turn) * e.buffer_bytes; }
 };
 
-/// Begin to fetch the weights of the stream's next unit.
+/// Begin to fetch the weights of the stream's next unit, which will be computed at this turn.
 template <class M>
-HD void fetch(M& m, const Encoder& e, Stream& s, int tile_rows, int to) {
+HD void fetch(M& m, const Encoder& e, Stream& s, int tile_rows, int turn) {
   if (s.next.phase < phases(e)) {
     const Product p = product(e, s.next.phase);
     s.unit = product_unit(p, e.tokens, tile_rows, s.next.number);
-    fetch_weights(m, e, p, s.unit, to);
+    fetch_weights(m, p, s.unit, Stream::buffer(turn), Stream::place(e, turn));
   }
 }
 
-template <class M, class Tile>
+template <class M, int kTileRows, bool kInt8>
 HD void product_phase(M& m, const Encoder& e, int phase, Stream& s) {
   const Product p = product(e, phase);
-  float* const bias = reinterpret_cast<float*>(m.shared);
+  float* const small = reinterpret_cast<float*>(m.shared);
   while (s.next.phase == phase) {
     const Unit u = s.unit;
-    Tile tile;
+    const int buffer = Stream::place(e, s.turn);
+    ProductTile<M, kTileRows, kInt8> tile;
     tile.begin(m, e, p, u);
-    m.copies_arrive();
+    m.arrived(Stream::buffer(s.turn), Stream::parity(s.turn));
+    m.give_back();
     m.sync();  // all have their share of the weights; nobody reads the sums of the unit before
-    fetch_bias(m, p, u, bias);
-    s.next = after(e, s.next, m.block, m.grid, Tile::kRows);
-    fetch(m, e, s, Tile::kRows, s.empty);
-    tile.multiply(m, e, p, u, s.full);
+    fetch_small<M, kInt8>(m, p, u, small);
+    s.next = after(e, s.next, m.block, m.grid, kTileRows);
+    fetch(m, e, s, kTileRows, s.turn + 1);
+    tile.multiply(m, e, p, u, buffer);
     m.sync();
-    tile.spill(m, p, s.full);
+    tile.spill(m, p, u, buffer);
     m.sync();
-    tile.finish(m, e, p, u, s.full, bias);
-    const int done = s.full;
-    s.full = s.empty, s.empty = done;
+    tile.finish(m, e, p, u, buffer, small);
+    ++s.turn;
   }
 }
 
@@ -88,22 +97,23 @@ HD void norm_phase(M& m, const Encoder& e, int phase) {
   }
 }
 
-template <class M, int kRowGroups, int kFragments>
+template <class M, int kTileRows, bool kInt8>
 HD void encode_block(M& m, const Encoder& e) {
-  using Tile = ProductTile<M, kRowGroups, kFragments>;
   keep_offsets(m, e);
-  Stream s{kSmallBytes, kSmallBytes + e.buffer_bytes, settle(e, {0, m.block}, m.block, Tile::kRows), {}};
-  fetch(m, e, s, Tile::kRows, s.full);
+  m.prepare();
+  Stream s{0, settle(e, {0, m.block}, m.block, kTileRows), {}};
+  fetch(m, e, s, kTileRows, s.turn);
+  m.sync();
   for (int phase = 0; phase < phases(e); ++phase) {
     const Step step = step_of(phase);
     if (is_product(step)) {
-      product_phase<M, Tile>(m, e, phase, s);
+      product_phase<M, kTileRows, kInt8>(m, e, phase, s);
     } else if (step == Step::kAttention) {
       const int heads = e.layer[phase / kSteps].heads;
       if (e.head_size == 64) {
-        attention_phase<64>(m, e, heads, s.empty);
+        attention_phase<64>(m, e, heads, Stream::place(e, s.turn + 1));
       } else {
-        attention_phase<32>(m, e, heads, s.empty);
+        attention_phase<32>(m, e, heads, Stream::place(e, s.turn + 1));
       }
     } else {
       norm_phase(m, e, phase);

@@ -13,15 +13,15 @@ void check(cudaError_t code, const char* what) {
 
 using Kernel = void (*)(Encoder);
 
-Kernel kernel_of(TileShape tile) {
-  if (tile.row_groups == 2) return encode<2, 2>;
-  return tile.fragments == 2 ? encode<1, 2> : encode<1, 1>;
+template <bool kInt8>
+Kernel kernel_of(int tile_rows) {
+  return tile_rows == 64 ? encode<64, kInt8> : tile_rows == 32 ? encode<32, kInt8> : encode<16, kInt8>;
 }
 
 }  // namespace
 
 Device current_device() {
-  int device = 0, capability = 0;
+  int device = 0, capability = 0, minor = 0;
   Device found{};
   check(cudaGetDevice(&device), "cudaGetDevice");
   auto ask = [&](int& value, cudaDeviceAttr attribute) {
@@ -29,13 +29,15 @@ Device current_device() {
   };
   ask(capability, cudaDevAttrComputeCapabilityMajor);
   if (capability < 8) throw CudaError("the encoder needs compute capability 8.0 or more");
+  ask(minor, cudaDevAttrComputeCapabilityMinor);
+  found.wgmma = capability == 9 && minor == 0;
   ask(found.multiprocessors, cudaDevAttrMultiProcessorCount);
   ask(found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return found;
 }
 
 void encode(const Encoder& e, const Plan& plan, void* stream) {
-  const Kernel kernel = kernel_of(plan.tile);
+  const Kernel kernel = e.int8 ? kernel_of<true>(plan.tile_rows) : kernel_of<false>(plan.tile_rows);
   const int shared = kSmallBytes + 2 * e.buffer_bytes;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
         "cudaFuncSetAttribute");

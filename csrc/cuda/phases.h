@@ -2,15 +2,25 @@
 // body.h has the order, the block's barriers and the grid's.
 //
 // `M` is the machine: a GPU's memory, or that of a simulation, which checks every access. It has
+//   kBulk, kWgmma                whether weights come by bulk copies, and whether it has wgmma
 //   warp                         number of this warp in its block
 //   shared                       first byte of the block's shared memory
 //   activations(p)               16 bytes that another block wrote in an earlier phase
 //   half_activations(p)          8 of them
-//   weights(p)                   8 bytes that nobody writes
+//   constants(p)                 8 bytes that nobody writes
 //   sums(p)                      16 bytes of parts, written in an earlier phase
-//   copy(to, from, inside)       16 bytes of weights into shared memory, later; zeros if not inside
 //   store(p, low, high)          8 bytes of activations
 //   store(p, sums)               16 bytes of parts
+//   put(p, value)                into the buffers in shared memory
+//   expect(buffer, bytes)        one lane of the block: so many bytes will come into this buffer,
+//   copy_run(buffer, to, p, n)   n of them, later, from p
+//   copy(to, p)                  where copies are not in bulk: 16 bytes of weights into shared memory, later
+//   matrices(at, b)              four core matrices at this byte of shared memory, a row's word for each lane
+//   bytes(at, b)                 256 bytes there, 8 for each lane
+//   wgmma<blocks>(sums, a, at, run)
+//                                begins sums += a b, with b as in `describe`
+//   wgmma_fence(), wgmma_commit(), wgmma_wait<n>()
+//                                registers are ready; these are a group; waits for all groups but n
 #pragma once
 
 #include "schedule.h"
@@ -75,38 +85,50 @@ HD void combine(PerLane<float>& v, int mask) {
 
 // ---- products ----
 
-/// Fetch the weights of a unit into the buffer at `to`; every warp of the block copies a share.
+/// Fetch the weights of a unit into a buffer, the bytes of shared memory from `to` on. In bulk one lane says
+/// what is to come; else every thread of the block copies a share.
 template <class M>
-HD void fetch_weights(M& m, const Encoder& e, const Product& p, const Unit& u, int to) {
-  const int across = chunk_blocks(p), count = ceil_div(u.last - u.first, kChunk) * across;
-  for (int number = m.warp; number < count; number += kWarps) {
-    const int chunk = number / across, block = number % across;
+HD void fetch_weights(M& m, const Product& p, const Unit& u, int buffer, int to) {
+  const int run = unit_run(p, u);
+  const char* from =
+      p.weight + u.column / 8 * p.stride + static_cast<int64_t>(u.first / kChunk) * block_bytes(p.int8);
+  if constexpr (M::kBulk) {
+    if (m.warp != 0) return;
+    one_lane([&] {
+      m.expect(buffer, u.blocks * run);
+      for (int j = 0; j < u.blocks; ++j) m.copy_run(buffer, to + j * run, from + j * p.stride, run);
+    });
+  } else {
+    constexpr int kWord = sizeof(Word4);
     each_lane([&](int lane) {
-      const Place at = p.rows ? place_in_rows(chunk, block, lane) : place_in_columns(chunk, block, lane);
-      const int index = u.first + at.index, column = u.column + at.column;
-      const bool inside = index < u.last && column < p.columns;
-      const int64_t row = p.rows ? column : index;
-      const Bf16* from = p.weight + (inside ? row * e.hidden + (p.rows ? index : column) : 0);
-      m.copy(to + number * kBlockBytes + lane * static_cast<int>(sizeof(Word4)), from, inside);
+      for (int j = 0; j < u.blocks; ++j) {
+        for (int at = (m.warp * kLanes + lane) * kWord; at < run; at += kThreads * kWord)
+          m.copy(to + j * run + at, from + j * p.stride + at);
+      }
     });
   }
 }
 
-/// A tile of `kRowGroups` x `kFragments` x 16 rows. The block's warps are `kRowGroups` groups along the rows
-/// times `kParts` parts of the sum: a warp's share of A is no other's, so it comes straight from memory into
-/// registers.
-template <class M, int kRowGroups, int kFragments>
+/// A tile of 16, 32 or 64 rows. The block's warps are `kRowGroups` groups along the rows times `kParts` parts
+/// of the sum: where there is one group, a warp's share of A is no other's, and it always comes straight from
+/// memory into registers. wgmma has four warps, one behind the other, along 64 rows.
+template <class M, int kTileRows, bool kInt8>
 struct ProductTile {
-  static constexpr int kRows = 16 * kRowGroups * kFragments;
+  static constexpr int kRows = kTileRows;
+  static constexpr bool kWide = M::kWgmma && kRows == 64 && !kInt8;
+  static constexpr int kRowGroups = row_groups(kRows, kWide);
   static constexpr int kParts = kWarps / kRowGroups;
-  static constexpr int kAhead = 3;  // chunks of A under way
+  static constexpr int kFragments = kRows / 16 / kRowGroups;
+  static constexpr int kAhead = chunks_ahead(kWide);
 
   PerLane<Word4> a[kAhead][kFragments][2];
   PerLane<Float4> sums[kFragments][8];
 
-  HD int part(const M& m) const { return m.warp % kParts; }
-  HD int first_row(const M& m) const { return m.warp / kParts * kFragments * 16; }
+  HD int part(const M& m) const { return m.warp / kRowGroups; }
+  HD int first_row(const M& m) const { return m.warp % kRowGroups * kFragments * 16; }
 
+  /// What lies beyond the tokens or the sum is loaded as what lies before: a condition for each lane would
+  /// have its load waited for where it is given.
   HD void load(M& m, const Encoder& e, const Product& p, const Unit& u, int chunk,
                PerLane<Word4> (&to)[kFragments][2]) {
     UNROLL
@@ -114,19 +136,37 @@ struct ProductTile {
       UNROLL
       for (int half = 0; half < 2; ++half) {
         each_lane([&](int lane) {
-          const int row = u.row + first_row(m) + 16 * f + 8 * half + lane_row(lane);
-          const int index = u.first + chunk * kChunk + chunk_index(lane);
-          to[f][half][lane] = {};
-          if (row < e.tokens && index < u.last)
-            to[f][half][lane] = m.activations(p.a + (static_cast<int64_t>(row) * p.depth + index));
+          const int row = smaller(e.tokens - 1, u.row + first_row(m) + 16 * f + 8 * half + lane_row(lane));
+          const int index = smaller(u.last - 8, u.first + chunk * kChunk + chunk_index(lane));
+          to[f][half][lane] = m.activations(p.a + (static_cast<int64_t>(row) * p.depth + index));
         });
       }
     }
   }
 
+  /// Both steps of the operand A, with zeros beyond the sum: the weights there are those of other units. Rows
+  /// beyond the tokens are computed, and not stored. The instruction wants other registers than those that 16
+  /// bytes were loaded into; the mask is what brings them there, here and not where they were loaded.
+  HD static void operands(const Unit& u, int chunk, const PerLane<Word4> (&from)[2],
+                          PerLane<Fragment> (&to)[2]) {
+    const int left = u.last - u.first - chunk * kChunk;
+    UNROLL
+    for (int s = 0; s < 2; ++s) {
+      each_lane([&](int lane) {
+        const uint32_t mask = chunk_index(lane) < left ? ~0u : 0u;
+        to[s][lane] = fragment_a(from[0][lane], from[1][lane], s);
+        UNROLL
+        for (int i = 0; i < 4; ++i) to[s][lane].a[i] &= mask;
+      });
+    }
+  }
+
   HD void begin(M& m, const Encoder& e, const Product& p, const Unit& u) {
     UNROLL
-    for (int s = 0; s < kAhead; ++s) load(m, e, p, u, part(m) + s * kParts, a[s]);
+    for (int s = 0; s < kAhead; ++s) {
+      const int chunk = part(m) + s * kParts;
+      if (kWide || chunk < unit_chunks(u)) load(m, e, p, u, chunk, a[s]);
+    }
     UNROLL
     for (int f = 0; f < kFragments; ++f) {
       UNROLL
@@ -134,126 +174,130 @@ struct ProductTile {
     }
   }
 
+  /// The unit's weights lie from byte `weights` of shared memory on.
   HD void multiply(M& m, const Encoder& e, const Product& p, const Unit& u, int weights) {
-    const int chunks = ceil_div(u.last - u.first, kChunk), across = chunk_blocks(p);
-    for (int base = part(m); base < chunks; base += kAhead * kParts) {
-      UNROLL
-      for (int s = 0; s < kAhead; ++s) {
-        const int chunk = base + s * kParts;
-        if (chunk < chunks) {
-          const char* at = m.shared + weights + chunk * across * kBlockBytes;
-          if (p.rows) {
-            multiply_rows(at, across, a[s]);
-          } else {
-            multiply_columns(at, a[s]);
+    if constexpr (kWide) {
+      switch (u.blocks) {
+        case 1: return multiply_wide<1>(m, e, p, u, weights);
+        case 2: return multiply_wide<2>(m, e, p, u, weights);
+        case 3: return multiply_wide<3>(m, e, p, u, weights);
+        case 4: return multiply_wide<4>(m, e, p, u, weights);
+        case 5: return multiply_wide<5>(m, e, p, u, weights);
+        case 6: return multiply_wide<6>(m, e, p, u, weights);
+        case 7: return multiply_wide<7>(m, e, p, u, weights);
+        default: return multiply_wide<8>(m, e, p, u, weights);
+      }
+    } else {
+      const int chunks = unit_chunks(u), run = unit_run(p, u);
+      for (int base = part(m); base < chunks; base += kAhead * kParts) {
+        UNROLL
+        for (int s = 0; s < kAhead; ++s) {
+          const int chunk = base + s * kParts;
+          if (chunk < chunks) {
+            PerLane<Fragment> left[kFragments][2];
+            UNROLL
+            for (int f = 0; f < kFragments; ++f) operands(u, chunk, a[s][f], left[f]);
+            if (chunk + kAhead * kParts < chunks) load(m, e, p, u, chunk + kAhead * kParts, a[s]);
+            multiply_chunk(m, weights + chunk * block_bytes(kInt8), run, u.blocks, left);
           }
-          if (chunk + kAhead * kParts < chunks) load(m, e, p, u, chunk + kAhead * kParts, a[s]);
         }
       }
     }
   }
 
-  HD void multiply_rows(const char* weights, int across, const PerLane<Word4> (&left)[kFragments][2]) {
+  template <int kBlocks>
+  HD void multiply_wide(M& m, const Encoder& e, const Product& p, const Unit& u, int weights) {
+    PerLane<Fragment> left[2][2];
+    const int chunks = unit_chunks(u);
+    int base = part(m);
+    for (; base + kAhead * kParts < chunks; base += kAhead * kParts)
+      multiply_round<kBlocks, true>(m, e, p, u, weights, base, left);
+    multiply_round<kBlocks, false>(m, e, p, u, weights, base, left);
+    m.template wgmma_wait<0>();
+  }
+
+  /// As many chunks as registers hold, from chunk `base` on; with `kMore`, what comes after is loaded. There
+  /// are no conditions: branches would make one wgmma wait for the one before. Beyond the sum A is zero, and
+  /// the weights are those of the last chunk, for what lies behind may be no number. While wgmma reads the
+  /// operands of a chunk, those of the next are made.
+  template <int kBlocks, bool kMore>
+  HD void multiply_round(M& m, const Encoder& e, const Product& p, const Unit& u, int weights, int base,
+                         PerLane<Fragment> (&left)[2][2]) {
+    static_assert(kAhead % 2 == 0, "a chunk's operands are not those of the one before");
+    const int last = unit_chunks(u) - 1, run = unit_run(p, u);
+    UNROLL
+    for (int s = 0; s < kAhead; ++s) {
+      const int chunk = base + s * kParts;
+      operands(u, chunk, a[s][0], left[s % 2]);
+      if constexpr (kMore) load(m, e, p, u, chunk + kAhead * kParts, a[s]);
+      m.wgmma_fence();
+      UNROLL
+      for (int step = 0; step < 2; ++step) {
+        m.template wgmma<kBlocks>(sums[0], left[s % 2][step],
+                                  weights + smaller(chunk, last) * block_bytes(false) + step * kStepBytes,
+                                  run);
+      }
+      m.wgmma_commit();
+      m.template wgmma_wait<1>();
+    }
+  }
+
+  HD void multiply_chunk(M& m, int at, int run, int blocks, const PerLane<Fragment> (&left)[kFragments][2]) {
     UNROLL
     for (int j = 0; j < 8; ++j) {
-      if (j < across) {
+      if (j < blocks) {
         PerLane<Word4> b;
-        each_lane([&](int lane) {
-          b[lane] = *reinterpret_cast<const Word4*>(weights + j * kBlockBytes + lane * 16);
-        });
+        if constexpr (kInt8) {
+          PerLane<Pair> four;
+          m.bytes(at + j * run, four);
+          each_lane([&](int lane) {
+            UNROLL
+            for (int i = 0; i < 4; ++i) b[lane].word[i] = widen(four[lane].b[i / 2], i % 2);
+          });
+        } else {
+          m.matrices(at + j * run, b);
+        }
         UNROLL
         for (int s = 0; s < 2; ++s) {
           PerLane<Pair> pair;
           each_lane([&](int lane) { pair[lane] = {{b[lane].word[2 * s], b[lane].word[2 * s + 1]}}; });
-          step(left, s, j, pair);
+          UNROLL
+          for (int f = 0; f < kFragments; ++f) multiply_add(sums[f][j], left[f][s], pair);
         }
       }
     }
   }
 
-  HD void multiply_columns(const char* weights, const PerLane<Word4> (&left)[kFragments][2]) {
-    UNROLL
-    for (int s = 0; s < 2; ++s) {
-      PerLane<Word4> b[4];
-      UNROLL
-      for (int i = 0; i < 4; ++i) {
-        each_lane([&](int lane) {
-          b[i][lane] = *reinterpret_cast<const Word4*>(weights + (4 * s + i) * kBlockBytes + lane * 16);
-        });
-      }
-      UNROLL
-      for (int j = 0; j < 8; ++j) {
-        PerLane<Pair> pair;
-        each_lane([&](int lane) {
-          const bool upper = j % 2;
-          pair[lane] = {{pick_halves(b[0][lane].word[j / 2], b[1][lane].word[j / 2], upper),
-                         pick_halves(b[2][lane].word[j / 2], b[3][lane].word[j / 2], upper)}};
-        });
-        step(left, s, j, pair);
-      }
-    }
-  }
-
-  HD void step(const PerLane<Word4> (&left)[kFragments][2], int s, int j, const PerLane<Pair>& pair) {
-    UNROLL
-    for (int f = 0; f < kFragments; ++f) {
-      PerLane<Fragment> fragment;
-      each_lane([&](int lane) { fragment[lane] = fragment_a(left[f][0][lane], left[f][1][lane], s); });
-      multiply_add(sums[f][j], fragment, pair);
-    }
-  }
-
   /// This warp's sums into its part's slab `[kRows, pitch]`, where the unit's weights were.
-  HD void spill(M& m, const Product& p, int buffer) {
+  HD void spill(M& m, const Product& p, const Unit& u, int buffer) {
     const int pitch = sum_pitch(p.tiling.columns);
     float* slab = reinterpret_cast<float*>(m.shared + buffer) + (part(m) * kRows + first_row(m)) * pitch;
     UNROLL
     for (int f = 0; f < kFragments; ++f) {
       UNROLL
       for (int half = 0; half < 2; ++half) {
-        if (p.rows) {
-          spill_rows(slab + (16 * f + 8 * half) * pitch, pitch, p.tiling.columns / 8, f, half);
-        } else {
-          spill_columns(slab + (16 * f + 8 * half) * pitch, pitch, f, half);
+        UNROLL
+        for (int j = 0; j < 8; ++j) {
+          if (j < u.blocks) {
+            each_lane([&](int lane) {
+              const float* two = sums[f][j][lane].value + 2 * half;
+              m.put(slab + (16 * f + 8 * half + lane_row(lane)) * pitch + 8 * j + 2 * lane_step(lane),
+                    Float2{{two[0], two[1]}});
+            });
+          }
         }
       }
     }
   }
 
-  HD void spill_rows(float* to, int pitch, int across, int f, int half) {
-    UNROLL
-    for (int j = 0; j < 8; ++j) {
-      if (j < across) {
-        each_lane([&](int lane) {
-          const float* two = sums[f][j][lane].value + 2 * half;
-          *reinterpret_cast<Float2*>(to + lane_row(lane) * pitch + 8 * j +
-                                     2 * lane_step(lane)) = {{two[0], two[1]}};
-        });
-      }
-    }
-  }
-
-  /// Instruction j has the columns 8g + j; a lane's, 2t and 2t + 1 of the eight, are 16t + j and 16t + 8 + j.
-  HD void spill_columns(float* to, int pitch, int f, int half) {
-    UNROLL
-    for (int i = 0; i < 4; ++i) {
-      each_lane([&](int lane) {
-        Float4 four;
-        UNROLL
-        for (int n = 0; n < 4; ++n) four.value[n] = sums[f][i % 2 * 4 + n][lane].value[2 * half + i / 2];
-        *reinterpret_cast<Float4*>(to + lane_row(lane) * pitch + 16 * lane_step(lane) + 4 * i) = four;
-      });
-    }
-  }
-
-  /// Adds the parts in order and stores; bias lies in the small floats.
-  HD void finish(M& m, const Encoder& e, const Product& p, const Unit& u, int buffer, const float* bias) {
-    const int pitch = sum_pitch(p.tiling.columns), across = p.tiling.columns / 4;
+  /// Adds the parts in order, scales and stores; bias and scales lie in the small floats.
+  HD void finish(M& m, const Encoder& e, const Product& p, const Unit& u, int buffer, const float* small) {
+    const int pitch = sum_pitch(p.tiling.columns), across = u.blocks * 2;
     const float* slabs = reinterpret_cast<const float*>(m.shared + buffer);
     each_lane([&](int lane) {
       for (int item = m.warp * kLanes + lane; item < kRows * across; item += kThreads) {
         const int row = item / across, column = item % across * 4;
-        if (u.row + row >= e.tokens || u.column + column >= p.columns) continue;
+        if (u.row + row >= e.tokens) continue;
         Float4 total = {};
         UNROLL
         for (int i = 0; i < kParts; ++i) {
@@ -261,34 +305,48 @@ struct ProductTile {
           UNROLL
           for (int n = 0; n < 4; ++n) total.value[n] += one.value[n];
         }
+        if constexpr (kInt8) {
+          UNROLL
+          for (int n = 0; n < 4; ++n) total.value[n] *= small[kSmallScales + column + n];
+        }
         const int64_t at = static_cast<int64_t>(u.row + row) * p.columns + u.column + column;
-        if (p.out) {
+        if (p.in_parts) {
+          m.store(e.parts + (static_cast<int64_t>(u.split) * e.tokens * e.hidden + at), total);
+        } else {
           UNROLL
           for (int n = 0; n < 4; ++n)
-            total.value[n] = activate(p.activation, total.value[n] + bias[column + n]);
+            total.value[n] = activate(p.activation, total.value[n] + small[column + n]);
           m.store(p.out + at, pack_bf16(total.value[0], total.value[1]),
                   pack_bf16(total.value[2], total.value[3]));
-        } else {
-          m.store(e.parts + (static_cast<int64_t>(u.split) * e.tokens * e.hidden + at), total);
         }
       }
     });
   }
 };
 
-/// The bias of a unit's columns, as floats.
-template <class M>
-HD void fetch_bias(M& m, const Product& p, const Unit& u, float* to) {
-  if (!p.bias) return;
+/// The bias of a unit's columns, and their scales, as floats.
+template <class M, bool kInt8>
+HD void fetch_small(M& m, const Product& p, const Unit& u, float* small) {
   each_lane([&](int lane) {
     const int column = 4 * (m.warp * kLanes + lane);
-    if (column >= p.tiling.columns || u.column + column >= p.columns) return;
-    uint32_t pair[2];
-    m.weights(p.bias + u.column + column, pair);
-    to[column] = low_bf16(pair[0]);
-    to[column + 1] = high_bf16(pair[0]);
-    to[column + 2] = low_bf16(pair[1]);
-    to[column + 3] = high_bf16(pair[1]);
+    if (column >= 8 * u.blocks) return;
+    if (!p.in_parts) {
+      uint32_t pair[2];
+      m.constants(p.bias + u.column + column, pair);
+      small[column] = low_bf16(pair[0]);
+      small[column + 1] = high_bf16(pair[0]);
+      small[column + 2] = low_bf16(pair[1]);
+      small[column + 3] = high_bf16(pair[1]);
+    }
+    if constexpr (kInt8) {
+      UNROLL
+      for (int n = 0; n < 4; n += 2) {
+        uint32_t two[2];
+        m.constants(p.scales + u.column + column + n, two);
+        small[kSmallScales + column + n] = bits_to_float(two[0]);
+        small[kSmallScales + column + n + 1] = bits_to_float(two[1]);
+      }
+    }
   });
 }
 
@@ -473,11 +531,11 @@ struct AttentionTile {
             const int column = 4 * i + n;
             four.value[n] = sums[column % kEach][lane].value[2 * half + column / kEach];
           }
-          *reinterpret_cast<Float4*>(slab + row * kPitch + 2 * kEach * lane_step(lane) + 4 * i) = four;
+          m.put(slab + row * kPitch + 2 * kEach * lane_step(lane) + 4 * i, four);
         }
         if (lane_step(lane) == 0) {
-          slab[kQueries * kPitch + row] = largest[half][lane];
-          slab[kQueries * (kPitch + 1) + row] = total[half][lane];
+          m.put(slab + kQueries * kPitch + row, largest[half][lane]);
+          m.put(slab + kQueries * (kPitch + 1) + row, total[half][lane]);
         }
       }
     });
@@ -534,9 +592,9 @@ struct NormRow {
       uint32_t before[2], added[2];
       const int64_t at = static_cast<int64_t>(row) * e.hidden + c;
       m.half_activations(e.x + at, before);
-      m.weights(bias + c, added);
-      m.weights(scales + c, weight[lane].b);
-      m.weights(shifts + c, shift[lane].b);
+      m.constants(bias + c, added);
+      m.constants(scales + c, weight[lane].b);
+      m.constants(shifts + c, shift[lane].b);
       UNROLL
       for (int n = 0; n < 2; ++n) {
         z[lane].value[2 * n] = low_bf16(before[n]) + low_bf16(added[n]);

@@ -68,6 +68,17 @@ HD void each_lane(F f) {
 #endif
 }
 
+/// Calls f() in one lane of a warp; the others wait, as what follows may need all.
+template <class F>
+HD void one_lane(F f) {
+#if defined(__CUDA_ARCH__)
+  if (threadIdx.x % kLanes == 0) f();
+  __syncwarp();
+#else
+  f();
+#endif
+}
+
 HD float bits_to_float(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   return __uint_as_float(bits);
@@ -95,6 +106,27 @@ HD uint32_t pack_bf16(float low, float high) {
     return value == value ? (u + 0x7fffu + (u >> 16 & 1u)) >> 16 : 0x7fc0u;
   };
   return round(low) | round(high) << 16;
+#endif
+}
+
+/// The lower, or the upper, two bytes of a word, each in a half.
+HD uint32_t spread_bytes(uint32_t four, bool upper) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(four, 0, upper ? 0x4342 : 0x4140);
+#else
+  const uint32_t two = upper ? four >> 16 : four & 0xffffu;
+  return (two & 0xffu) | (two & 0xff00u) << 8;
+#endif
+}
+
+/// Sums of two pairs.
+HD uint32_t add_bf16(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t sum;  // sm_80 has no addition of bfloat16
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  return sum;
+#else
+  return pack_bf16(low_bf16(a) + low_bf16(b), high_bf16(a) + high_bf16(b));
 #endif
 }
 

@@ -22,10 +22,18 @@ enum class Step : int { kQkv, kAttention, kOut, kNorm1, kUp, kDown, kNorm2 };
 constexpr int kSteps = 7;
 constexpr int kMostLayers = 30;            // as many as fit into the 4 KB of a kernel's arguments
 constexpr int kMostHidden = 4 * kThreads;  // a thread normalises four columns
-// Small things in shared memory, in words of 4 bytes: a unit's bias, sums of a norm, where sequences begin.
-constexpr int kSmallSums = kMostColumns, kSmallOffsets = kSmallSums + 2 * kWarps;
+// Small things in shared memory, in words of 4 bytes: a unit's bias and scales, sums of a norm, an mbarrier
+// of each buffer, where sequences begin.
+constexpr int kSmallScales = kMostColumns, kSmallSums = 2 * kMostColumns;
+constexpr int kSmallBarriers = kSmallSums + 2 * kWarps, kSmallOffsets = kSmallBarriers + 4;
 constexpr int kKeptSequences = 32;  // of more, offsets are read where they are
 constexpr int kSmallWords = kSmallOffsets + kKeptSequences + 1;
+
+/// Groups of warps along a tile's rows; warps of a group share the sum. `wide` with wgmma.
+HD constexpr int row_groups(int tile_rows, bool wide) { return tile_rows == 64 ? (wide ? 4 : 2) : 1; }
+
+/// Chunks of A that a warp's registers hold; with wgmma all of them are multiplied, the sum's or zeros.
+HD constexpr int chunks_ahead(bool wide) { return wide ? 4 : 3; }
 
 /// Sizes of a unit of a product.
 struct Tiling {
@@ -33,10 +41,16 @@ struct Tiling {
   uint16_t depth;    // indices of the sum, a multiple of `kChunk`
 };
 
-/// A kept layer, with its extents.
+/// A kept layer, with its extents. The weights of products are packed (tile.h).
 struct Layer {
-  const Bf16 *qkv_weight, *qkv_bias, *out_weight, *out_bias, *norm1_weight, *norm1_bias;
-  const Bf16 *up_weight, *up_bias, *down_weight, *down_bias, *norm2_weight, *norm2_bias;
+  const char* qkv_weight;
+  const Bf16* qkv_bias;
+  const char* out_weight;
+  const Bf16 *out_bias, *norm1_weight, *norm1_bias;
+  const char* up_weight;
+  const Bf16* up_bias;
+  const char* down_weight;
+  const Bf16 *down_bias, *norm2_weight, *norm2_bias;
   int heads, neurons;
   Tiling qkv, out, up, down;
 };
@@ -44,6 +58,8 @@ struct Layer {
 /// Arguments of the kernel.
 struct Encoder {
   int tokens, hidden, head_size, layers;
+  int heads, neurons;      // of the packed weights
+  bool int8;               // packed weights, else bfloat16
   int sequences, longest;  // the most tokens of a sequence
   int buffer_bytes;        // of each of the two buffers in shared memory
   Activation activation;
@@ -59,12 +75,15 @@ static_assert(sizeof(Encoder) <= 4096, "a kernel's arguments");
 
 /// One of a layer's four products.
 struct Product {
-  const Bf16* a;  // [T, >= depth]
-  const Bf16* weight;
-  const Bf16* bias;  // of an output in bfloat16
-  Bf16* out;         // [T, columns]; without, sums go to the encoder's parts
+  const Bf16* a;        // [T, >= depth]
+  const char* weight;   // the first block
+  const float* scales;  // of int8, of each column
+  const Bf16* bias;     // of an output in bfloat16
+  Bf16* out;            // [T, columns]
+  bool in_parts;        // or sums of parts of the sum go to the encoder's parts
   int columns, depth;
-  bool rows;  // the weight's layout, see tile.h
+  int64_t stride;  // bytes between the weight's column blocks
+  bool int8;
   Activation activation;
   Tiling tiling;
 };
@@ -75,19 +94,37 @@ HD bool is_product(Step step) {
 HD Step step_of(int phase) { return static_cast<Step>(phase % kSteps); }
 HD int phases(const Encoder& e) { return e.layers * kSteps; }
 
+/// A product with a weight that is packed for so many columns and indices in all.
+HD Product with_weight(Product p, const char* packed, bool int8, int columns, int depth) {
+  p.weight = packed + scale_bytes(int8, columns);
+  p.scales = int8 ? reinterpret_cast<const float*>(packed) : nullptr;
+  p.stride = run_stride(int8, depth);
+  p.int8 = int8;
+  return p;
+}
+
 HD Product product(const Encoder& e, int phase) {
   const Layer& l = e.layer[phase / kSteps];
-  const int wide = l.heads * e.head_size;
+  const int wide = l.heads * e.head_size, widest = e.heads * e.head_size;
+  Product p{};
   switch (step_of(phase)) {
     case Step::kQkv:
-      return {e.x, l.qkv_weight, l.qkv_bias, e.qkv, 3 * wide, e.hidden, true, Activation::kNone, l.qkv};
+      p.a = e.x, p.bias = l.qkv_bias, p.out = e.qkv, p.columns = 3 * wide, p.depth = e.hidden;
+      p.tiling = l.qkv;
+      return with_weight(p, l.qkv_weight, e.int8, 3 * widest, e.hidden);
     case Step::kOut:
-      return {e.context, l.out_weight, nullptr, nullptr, e.hidden, wide, false, Activation::kNone, l.out};
+      p.a = e.context, p.in_parts = true, p.columns = e.hidden, p.depth = wide;
+      p.tiling = l.out;
+      return with_weight(p, l.out_weight, e.int8, e.hidden, widest);
     case Step::kUp:
-      return {e.x, l.up_weight, l.up_bias, e.inner, l.neurons, e.hidden, true, e.activation, l.up};
+      p.a = e.x, p.bias = l.up_bias, p.out = e.inner, p.columns = l.neurons, p.depth = e.hidden;
+      p.activation = e.activation;
+      p.tiling = l.up;
+      return with_weight(p, l.up_weight, e.int8, e.neurons, e.hidden);
     default:
-      return {e.inner,   l.down_weight, nullptr,           nullptr, e.hidden,
-              l.neurons, false,         Activation::kNone, l.down};
+      p.a = e.inner, p.in_parts = true, p.columns = e.hidden, p.depth = l.neurons;
+      p.tiling = l.down;
+      return with_weight(p, l.down_weight, e.int8, e.hidden, e.neurons);
   }
 }
 
@@ -100,6 +137,7 @@ HD int product_units(const Product& p, int tokens, int tile_rows) {
 /// A tile of a product: from `row` and `column` on, over the indices from first to last.
 struct Unit {
   int row, column, split, first, last;
+  int blocks;  // of 8 columns: the tile's, or fewer at the edge
 };
 
 /// Rows run fastest: blocks that share weights run together.
@@ -111,12 +149,17 @@ HD Unit product_unit(const Product& p, int tokens, int tile_rows, int number) {
   u.split = number / tiles / across;
   u.first = u.split * p.tiling.depth;
   u.last = smaller(p.depth, u.first + p.tiling.depth);
+  u.blocks = ceil_div(smaller(p.tiling.columns, p.columns - u.column), 8);
   return u;
 }
 
-/// Blocks of 512 bytes of a chunk of the unit's weights.
-HD int chunk_blocks(const Product& p) { return p.rows ? p.tiling.columns / 8 : 8; }
-HD int weight_bytes(const Product& p) { return p.tiling.depth / kChunk * chunk_blocks(p) * kBlockBytes; }
+HD int unit_chunks(const Unit& u) { return ceil_div(u.last - u.first, kChunk); }
+/// Bytes of each of a unit's column blocks, in shared memory too.
+HD int unit_run(const Product& p, const Unit& u) { return unit_chunks(u) * block_bytes(p.int8); }
+/// Of a tile's weights.
+HD int weight_bytes(const Product& p) {
+  return p.tiling.depth / kChunk * (p.tiling.columns / 8) * block_bytes(p.int8);
+}
 
 constexpr int kQueries = 16;  // of a unit of attention
 HD int attention_units(const Encoder& e, int heads) {

@@ -27,15 +27,61 @@ struct alignas(16) Vector {
   double operator[](std::size_t i) const { return from_bf16(data()[i]); }
 };
 
+/// A weight of a product, [columns, depth], and how the kernel has it.
+struct Weight {
+  int columns, depth;
+  std::vector<float> values;
+  std::vector<Word4> packed;
+
+  double operator()(int column, int index) const {
+    return values[static_cast<std::size_t>(column) * depth + index];
+  }
+  const char* data() const { return reinterpret_cast<const char*>(packed.data()); }
+  std::size_t bytes() const { return packed.size() * sizeof(Word4); }
+
+  /// Packs element by element. The values of int8 become what is packed.
+  void pack(bool int8) {
+    const int64_t size = scale_bytes(int8, columns) + ceil_div(columns, 8) * run_stride(int8, depth);
+    packed.assign(size / sizeof(Word4), Word4{});
+    char* to = reinterpret_cast<char*>(packed.data());
+    for (int c = 0; c < columns; ++c) {
+      float* row = &values[static_cast<std::size_t>(c) * depth];
+      float most = 0;
+      for (int i = 0; i < depth; ++i) most = std::max(most, std::fabs(row[i]));
+      const float scale = most / 127;
+      if (int8) std::memcpy(to + c * sizeof scale, &scale, sizeof scale);
+      for (int i = 0; i < depth; ++i) {
+        char* at = to + packed_offset(int8, columns, depth, c, i);
+        if (int8) {
+          const int8_t step = static_cast<int8_t>(scale > 0 ? std::nearbyint(row[i] / scale) : 0);
+          *reinterpret_cast<int8_t*>(at) = step;
+          row[i] = scale * step;
+        } else {
+          const Bf16 value = round_bf16(row[i]);
+          std::memcpy(at, &value, sizeof value);
+        }
+      }
+    }
+  }
+};
+
 struct LayerWeights {
-  Vector qkv, qkv_bias, out, out_bias, norm1, norm1_bias, up, up_bias, down, down_bias, norm2, norm2_bias;
+  Weight qkv;
+  Vector qkv_bias;
+  Weight out;
+  Vector out_bias, norm1, norm1_bias;
+  Weight up;
+  Vector up_bias;
+  Weight down;
+  Vector down_bias, norm2, norm2_bias;
 };
 
 struct Model {
   Sizes s;
+  bool int8;
   std::vector<LayerWeights> layers;
 
-  explicit Model(const Sizes& sizes) : s(sizes) {
+  explicit Model(const Sizes& sizes, bool quantised = false) : s(sizes), int8(quantised) {
     std::mt19937 random(1);
     auto draw = [&](std::size_t n, double mean, double deviation) {
       std::normal_distribution<double> normal(mean, deviation);
@@ -43,13 +89,20 @@ struct Model {
       for (std::size_t i = 0; i < n; ++i) v.data()[i] = round_bf16(normal(random));
       return v;
     };
+    auto weight = [&](int columns, int depth, double deviation) {
+      std::normal_distribution<double> normal(0, deviation);
+      Weight w{columns, depth, std::vector<float>(static_cast<std::size_t>(columns) * depth), {}};
+      for (float& value : w.values) value = from_bf16(round_bf16(normal(random)));
+      w.pack(int8);
+      return w;
+    };
     const int d = s.hidden, wide = s.heads * s.head_size;
     for (int i = 0; i < s.layers; ++i) {
       const double narrow = 1 / std::sqrt(d);
-      layers.push_back({draw(3 * wide * d, 0, 1.5 * narrow), draw(3 * wide, 0, 0.2),
-                        draw(wide * d, 0, narrow), draw(d, 0, 0.2), draw(d, 1, 0.1), draw(d, 0, 0.1),
-                        draw(s.neurons * d, 0, narrow), draw(s.neurons, 0, 0.2),
-                        draw(s.neurons * d, 0, narrow), draw(d, 0, 0.2), draw(d, 1, 0.1), draw(d, 0, 0.1)});
+      layers.push_back({weight(3 * wide, d, 1.5 * narrow), draw(3 * wide, 0, 0.2), weight(d, wide, narrow),
+                        draw(d, 0, 0.2), draw(d, 1, 0.1), draw(d, 0, 0.1), weight(s.neurons, d, narrow),
+                        draw(s.neurons, 0, 0.2), weight(d, s.neurons, narrow), draw(d, 0, 0.2),
+                        draw(d, 1, 0.1), draw(d, 0, 0.1)});
     }
   }
 };
@@ -78,7 +131,7 @@ inline double activation_of(Activation a, double x) {
   return a == Activation::kRelu ? std::max(x, 0.0) : x;
 }
 
-/// In double; or `rounded`, as torch computes in bfloat16: each op's result is rounded.
+/// In double; or `rounded`, as torch computes in bfloat16: weights and each op's result are rounded.
 inline std::vector<double> plain(const Model& model, const Subnet& net, const Vector& input,
                                  const std::vector<int64_t>& offsets, Activation activation, double eps,
                                  bool rounded) {
@@ -97,18 +150,25 @@ inline std::vector<double> plain(const Model& model, const Subnet& net, const Ve
         x[row * d + c] = r((z[c] - mean) / std::sqrt(variance / d + eps) * w[c] + b[c]);
     }
   };
-  auto contract = [&](const std::vector<double>& a, int k, const Vector& w, const Vector& b) {
+  auto values = [&](const Weight& w) {
+    std::vector<double> all(w.values.begin(), w.values.end());
+    for (double& v : all) v = r(v);
+    return all;
+  };
+  auto contract = [&](const std::vector<double>& a, int k, const Weight& weight, const Vector& b) {
+    const std::vector<double> w = values(weight);
     std::vector<double> y(tokens * d);
     for (int row = 0; row < tokens; ++row) {
       for (int c = 0; c < d; ++c) {
         double sum = 0;
-        for (int i = 0; i < k; ++i) sum += a[row * k + i] * w[i * d + c];
+        for (int i = 0; i < k; ++i) sum += a[row * k + i] * w[c * weight.depth + i];
         y[row * d + c] = r(sum + b[c]);
       }
     }
     return y;
   };
-  auto expand = [&](int k, const Vector& w, const Vector& b, Activation act) {
+  auto expand = [&](int k, const Weight& weight, const Vector& b, Activation act) {
+    const std::vector<double> w = values(weight);
     std::vector<double> y(tokens * k);
     for (int row = 0; row < tokens; ++row) {
       for (int n = 0; n < k; ++n) {
@@ -158,6 +218,7 @@ inline std::vector<double> plain(const Model& model, const Subnet& net, const Ve
 inline Encoder encoder_of(const Model& model, const Subnet& net, int tokens) {
   Encoder e{};
   e.tokens = tokens, e.hidden = model.s.hidden, e.head_size = model.s.head_size;
+  e.heads = model.s.heads, e.neurons = model.s.neurons, e.int8 = model.int8;
   e.layers = static_cast<int>(net.layers.size());
   e.eps = 1e-5f;
   e.scale = static_cast<float>(M_LOG2E / std::sqrt(model.s.head_size));

@@ -1,10 +1,10 @@
-// The encoder's kernel on a GPU, without Python: every sub-network of a grid against plain loops, twice, from
-// memory that holds NaN. A program to run by itself, or under compute-sanitizer
-// (tests/engine/test_persistent.py does both).
+// The encoder's kernels on a GPU, without Python: every sub-network of a grid against plain loops, in
+// bfloat16 and with int8 weights, twice, from memory that holds NaN. A program to run by itself, or under
+// compute-sanitizer (tests/engine/test_persistent.py does both).
 //
 //   device_encoder            small sizes, for a sanitizer
-//   device_encoder base       BERT-base with random weights, 128 tokens: its error, and microseconds of a
-//   launch
+//   device_encoder base       BERT-base with random weights, 128 tokens: errors, and microseconds of a launch
+//   device_encoder times      BERT-base: microseconds of a launch for several lengths
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -37,6 +37,7 @@ T* upload(const T* values, std::size_t count) {
   return memory;
 }
 const Bf16* upload(const Vector& v) { return upload(v.data(), v.count); }
+const char* upload(const Weight& w) { return upload(w.data(), w.bytes()); }
 
 /// The model's layers, with their weights on the device.
 std::vector<Layer> upload(const Model& model) {
@@ -102,51 +103,56 @@ Encoder encoder_on(const Model& model, const std::vector<Layer>& layers, const S
   return e;
 }
 
-/// Prints a line; whether the errors are at most twice those of plain bfloat16, and both runs gave the same
-/// bits.
+/// Prints a line for each kernel; whether all errors are at most twice those of plain bfloat16, and both runs
+/// gave the same bits.
 bool compare(const Model& model, const std::vector<Layer>& layers, const Subnet& net, const Vector& input,
              const std::vector<int64_t>& offsets, const Memory& memory, bool times) {
   const int d = model.s.hidden, tokens = static_cast<int>(input.count) / d;
   Encoder e = encoder_on(model, layers, net, tokens, offsets, memory);
-  const Plan found = plan(e, current_device());
-  std::vector<Bf16> first(input.count), second(input.count);
-  for (std::vector<Bf16>* to : {&first, &second}) {
-    check(cudaMemcpy(e.x, input.data(), input.count * sizeof(Bf16), cudaMemcpyHostToDevice));
-    encode(e, found, nullptr);
-    check(cudaMemcpy(to->data(), e.x, input.count * sizeof(Bf16), cudaMemcpyDeviceToHost));
-  }
   const std::vector<double> exact = plain(model, net, input, offsets, e.activation, e.eps, false);
   const std::vector<double> usual = plain(model, net, input, offsets, e.activation, e.eps, true);
   double theirs = 0;
   for (std::size_t i = 0; i < exact.size(); ++i) theirs = std::max(theirs, std::fabs(usual[i] - exact[i]));
-  const double ours = largest_error(first.data(), exact);
-  const bool good = ours <= 2 * theirs && first == second;
-  std::printf("%s %d layers of %d heads: error %.4f, of plain bfloat16 %.4f, %d blocks, tiles of %d rows%s",
-              good ? "ok  " : "FAIL", e.layers, net.heads[0], ours, theirs, found.blocks, found.tile.rows(),
-              first == second ? "" : ", another result the second time");
-  if (times) std::printf(", %.1f us", microseconds(e, found));
-  std::printf("\n");
-  return good;
+  bool all = true;
+  for (int rows : kTileRows) {
+    const Plan found = plan(e, current_device(), rows);
+    std::vector<Bf16> first(input.count), second(input.count);
+    for (std::vector<Bf16>* to : {&first, &second}) {
+      check(cudaMemcpy(e.x, input.data(), input.count * sizeof(Bf16), cudaMemcpyHostToDevice));
+      encode(e, found, nullptr);
+      check(cudaMemcpy(to->data(), e.x, input.count * sizeof(Bf16), cudaMemcpyDeviceToHost));
+    }
+    const double ours = largest_error(first.data(), exact);
+    const bool good = ours <= 2 * theirs && first == second;
+    std::printf(
+        "%s %s, %d layers of %d heads, %d blocks, tiles of %d rows: error %.4f, of plain bfloat16 %.4f%s",
+        good ? "ok  " : "FAIL", e.int8 ? "int8" : "bf16", e.layers, net.heads[0], found.blocks, rows, ours,
+        theirs, first == second ? "" : ", another result the second time");
+    if (times) std::printf(", %.1f us", microseconds(e, found));
+    std::printf("\n");
+    all &= good;
+  }
+  return all;
 }
 
-/// A table of launches; how often the weights could have been read in that time at 4.8 TB/s is the last
-/// column.
+/// Lines of a table of launches; how often the weights could have been read in that time at 4.8 TB/s is the
+/// last column.
 void print_times(const Model& model, const std::vector<Layer>& layers, const Memory& memory) {
-  std::printf("tokens  sub-network  tile rows  blocks       us  x floor\n");
   for (int tokens : {16, 32, 64, 128}) {
     const std::vector<int64_t> offsets = {0, tokens};
     for (auto [width, depth] : {std::pair(1.0, 1.0), std::pair(0.25, 0.5)}) {
       const Subnet net = subnet(model.s, width, depth);
-      for (TileShape tile : kTileShapes) {
+      for (int rows : kTileRows) {
         Encoder e = encoder_on(model, layers, net, tokens, offsets, memory);
-        const Plan found = plan(e, current_device(), tile.rows());
+        const Plan found = plan(e, current_device(), rows);
         encode(e, found, nullptr);
         const float time = microseconds(e, found);
         double bytes = 0;
         for (int i = 0; i < e.layers; ++i)
-          bytes += 2.0 * e.hidden * (4.0 * net.heads[i] * e.head_size + 2.0 * net.neurons[i]);
-        std::printf("%6d  w%.2f-d%.2f  %9d  %6d  %7.1f  %7.1f\n", tokens, width, depth, tile.rows(),
-                    found.blocks, time, time * 4.8e6 / bytes);
+          bytes +=
+              (e.int8 ? 1.0 : 2.0) * e.hidden * (4.0 * net.heads[i] * e.head_size + 2.0 * net.neurons[i]);
+        std::printf("%7s  %6d  w%.2f-d%.2f  %9d  %6d  %7.1f  %7.1f\n", e.int8 ? "int8" : "bf16", tokens,
+                    width, depth, rows, found.blocks, time, time * 4.8e6 / bytes);
       }
     }
   }
@@ -160,8 +166,6 @@ int main(int count, char** arguments) {
   const Sizes sizes = base ? Sizes{768, 64, 12, 3072, 12} : Sizes{96, 32, 4, 160, 2};
   const std::vector<int64_t> offsets =
       base ? std::vector<int64_t>{0, 128} : std::vector<int64_t>{0, 20, 20, 37};
-  const Model model(sizes);
-  const std::vector<Layer> layers = upload(model);
   const std::size_t tokens = offsets.back(), wide = sizes.heads * sizes.head_size;
   std::mt19937 random(7);
   std::normal_distribution<double> normal;
@@ -175,11 +179,19 @@ int main(int count, char** arguments) {
                          upload(kNothing, tokens * sizes.neurons),
                          upload(static_cast<float*>(nullptr), 16 * input.count),  // the most parts a plan has
                          upload(&zero, 1)};
-  if (what == "times") return print_times(model, layers, memory), 0;
   std::vector<std::pair<double, double>> grid = {{1, 1}, {0.25, 0.5}};
   if (!base) grid.insert(grid.end(), {{0.75, 1}, {0.5, 1}, {0.25, 1}, {1, 0.5}, {0.75, 0.5}, {0.5, 0.5}});
+  if (what == "times") std::printf("weights  tokens  sub-network  tile rows  blocks       us  x floor\n");
   bool good = true;
-  for (auto [width, depth] : grid)
-    good &= compare(model, layers, subnet(sizes, width, depth), input, offsets, memory, base);
+  for (bool int8 : {false, true}) {
+    const Model model(sizes, int8);
+    const std::vector<Layer> layers = upload(model);
+    if (what == "times") {
+      print_times(model, layers, memory);
+      continue;
+    }
+    for (auto [width, depth] : grid)
+      good &= compare(model, layers, subnet(sizes, width, depth), input, offsets, memory, base);
+  }
   return good ? 0 : 1;
 }

@@ -100,10 +100,12 @@ class GpuEngine:
         dtype: `bf16`, `fp16` or `fp32`.
         most_graphs: Graphs kept at a time.
         persistent: Compute the layers of short batches in one kernel (docs/gpu.md) where it can.
-            Off until it has been measured.
+            Off until it has been measured. It has a packed copy of the weights.
+        weights: Type of that copy: `bf16`, or `int8` with a scale for each output column. Batches
+            that the one kernel cannot compute use the weights in `dtype`.
 
     Raises:
-        InputError: The type is unknown, or what `persistent` asks for is not there.
+        InputError: A type is unknown, or what `persistent` asks for is not there.
     """
 
     def __init__(
@@ -112,14 +114,17 @@ class GpuEngine:
         dtype: str = "bf16",
         most_graphs: int = MOST_GRAPHS,
         persistent: bool = False,
+        weights: str = "bf16",
     ) -> None:
         if dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)} on a GPU, got {dtype!r}")
+        if weights != "bf16" and not persistent:
+            raise InputError(f"weights={weights!r} needs persistent=True")
         self.dtype = dtype
         self.config = model.config
         self._model = copy.deepcopy(model).to(DTYPES[dtype]).eval().requires_grad_(False)
         self._encoder = getattr(self._model, "dynabert", self._model)
-        self._persistent = PersistentLayers(self._encoder) if persistent else None
+        self._persistent = PersistentLayers(self._encoder, weights) if persistent else None
         self._device = self._model.device
         self._most_graphs = most_graphs
         self._buffers: dict[Bucket, _Buffers] = {}
@@ -138,7 +143,8 @@ class GpuEngine:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+        packed = 0 if self._persistent is None else self._persistent.nbytes
+        return packed + sum(p.numel() * p.element_size() for p in self._model.parameters())
 
     @property
     def graphs(self) -> list[tuple[Bucket, Subnet]]:

@@ -10,11 +10,11 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dynabert_fast.engine.native import cuda_module
 from dynabert_fast.errors import InputError
@@ -26,22 +26,49 @@ logger = logging.getLogger(__name__)
 MOST_TOKENS = 256
 
 
-def addresses(layer: Any) -> list[int]:
-    """Where a layer's parameters begin, in the order of `Layer` in csrc/cuda/schedule.h."""
+#: Types of the weights of products.
+WEIGHTS = ("bf16", "int8")
+_CHUNK, _COLUMNS = 32, 8  # of a block, csrc/cuda/tile.h
+
+
+def pack_weight(weight: Tensor, int8: bool = False) -> Tensor:
+    """A weight as the kernel reads it (csrc/cuda/tile.h): any prefix of both is a part of it.
+
+    Args:
+        weight: `[columns of the output, indices of the sum]`, bfloat16.
+        int8: Round to a scale for each column: its largest magnitude over 127, whatever prefix of
+            the sum is used.
+
+    Returns:
+        Bytes: scales, if there are, then blocks; zeros beyond the weight.
+    """
+    padded = F.pad(weight, (0, -weight.shape[1] % _CHUNK, 0, -weight.shape[0] % _COLUMNS))
+    columns, chunks = padded.shape[0] // _COLUMNS, padded.shape[1] // _CHUNK
+    if not int8:
+        # Index 8t + 2q + h of a chunk is half h of word t in core matrix q.
+        blocks = padded.view(columns, _COLUMNS, chunks, 4, 4, 2).permute(0, 2, 4, 1, 3, 5)
+        return blocks.contiguous().view(torch.uint8).flatten()
+    scales = padded.float().abs().amax(1) / 127
+    steps = (padded.float() / scales.where(scales > 0, 1.0)[:, None]).round().to(torch.int8)
+    blocks = steps.view(columns, _COLUMNS, chunks, _CHUNK).transpose(1, 2).contiguous()
+    return torch.cat([scales.view(torch.uint8), blocks.view(torch.uint8).flatten()])
+
+
+def pack_layer(layer: Any, int8: bool = False) -> list[Tensor]:
+    """What the kernel reads of a layer, in the order of `Layer` in csrc/cuda/schedule.h."""
     attention, ffn = layer.attention, layer.ffn
-    parts = (
-        (attention.qkv, "weight"),
-        (attention.out, "weight_t"),
-        (attention.norm, "weight"),
-        (ffn.up, "weight"),
-        (ffn.down, "weight_t"),
-        (ffn.norm, "weight"),
+    found = (
+        *(pack_weight(attention.qkv.weight.flatten(0, 2), int8), attention.qkv.bias),
+        *(pack_weight(attention.out.weight_t.T, int8), attention.out.bias),
+        *(attention.norm.weight, attention.norm.bias),
+        *(pack_weight(ffn.up.weight, int8), ffn.up.bias),
+        *(pack_weight(ffn.down.weight_t.T, int8), ffn.down.bias),
+        *(ffn.norm.weight, ffn.norm.bias),
     )
-    named = [p for module, weight in parts for p in (getattr(module, weight), module.bias)]
-    for parameter in named:
-        assert parameter.is_contiguous()
-        assert parameter.dtype == torch.bfloat16
-    return [parameter.data_ptr() for parameter in named]
+    for tensor in found:
+        assert tensor.is_contiguous()
+        assert tensor.dtype in (torch.bfloat16, torch.uint8)
+    return [tensor.detach() for tensor in found]
 
 
 class PersistentLayers:
@@ -49,29 +76,39 @@ class PersistentLayers:
 
     Args:
         encoder: The module with `embeddings`, `encoder.layer` and `config`, in bfloat16. Its
-            parameters must not move.
-        device: (multiprocessors, bytes of shared memory of a block) of another GPU than the
-            current one, to plan for it.
+            parameters must not move. The weights of products are packed: a copy.
+        weights: `bf16`, or `int8` with a scale for each output column; sums and activations are
+            the same.
+        device: (multiprocessors, bytes of shared memory of a block, whether it has wgmma) of
+            another GPU than the current one, to plan for it.
 
     Raises:
-        InputError: The module `_cuda` is not available, or the type is another.
+        InputError: The module `_cuda` is not available, or a type is another.
     """
 
-    def __init__(self, encoder: Any, device: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, encoder: Any, weights: str = "bf16", device: tuple[int, int, bool] | None = None
+    ) -> None:
+        if weights not in WEIGHTS:
+            raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
         self._module = cuda_module()
         self._config = encoder.config
         if encoder.dtype != torch.bfloat16:
             raise InputError(f"the persistent kernel computes in bf16, got {encoder.dtype}")
-        self._layers = list(encoder.encoder.layer)
+        self._int8 = weights == "int8"
+        with torch.no_grad():
+            self._layers = [pack_layer(layer, self._int8) for layer in encoder.encoder.layer]
+        self._activation = encoder.encoder.layer[0].ffn.activation
         self._device = device
         self._plans: dict[tuple[int, int, int, Subnet], Any] = {}
         self._measured: set[tuple[int, int, int, Subnet]] = set()
         # Calls of one engine run one after the other: those of about one size share memory.
         self._workspaces: dict[int, Tensor] = {}
 
-    @functools.cached_property
-    def _addresses(self) -> Mapping[int, list[int]]:
-        return {i: addresses(layer) for i, layer in enumerate(self._layers)}
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights."""
+        return sum(t.nbytes for layer in self._layers for t in layer if t.dtype == torch.uint8)
 
     def plan(self, tokens: int, sequences: int, longest: int, subnet: Subnet) -> Any:
         """The kernel and its sizes for batches up to these: the one that was measured to be best.
@@ -98,9 +135,12 @@ class PersistentLayers:
             longest=min(longest, tokens),
             hidden=self._config.hidden_size,
             head_size=self._config.head_size,
-            activation=self._layers[0].ffn.activation,
+            heads=self._config.num_attention_heads,
+            neurons=self._config.intermediate_size,
+            int8=self._int8,
+            activation=self._activation,
             eps=self._config.layer_norm_eps,
-            weights=[self._addresses[i] for i in subnet.layers],
+            weights=[[t.data_ptr() for t in self._layers[i]] for i in subnet.layers],
             extents=list(zip(subnet.heads, subnet.neurons, strict=True)),
             device=self._device,
             tile_rows=tile_rows,

@@ -17,13 +17,13 @@ from dynabert_fast import ops
 from dynabert_fast.engine import GpuEngine
 from dynabert_fast.engine.gpu import Bucket
 from dynabert_fast.engine.native import cuda_module
-from dynabert_fast.engine.persistent import MOST_TOKENS, PersistentLayers, addresses
+from dynabert_fast.engine.persistent import MOST_TOKENS, PersistentLayers, pack_layer, pack_weight
 from dynabert_fast.errors import InputError
 from dynabert_fast.subnet import Subnet, grid
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Multiprocessors, and shared memory of a block.
-H200, A100 = (132, 232448), (108, 166912)
+#: Multiprocessors, shared memory of a block, and wgmma.
+H200, A100 = (132, 232448, True), (108, 166912, False)
 #: What the kernel asks of a model: heads of 32 or 64, neurons a multiple of 8 at each width.
 SIZES = {
     "hidden_size": 96,
@@ -50,26 +50,70 @@ def built():
         pytest.skip(str(error))
 
 
-def test_addresses_are_in_the_kernels_order(make_model):
+def rounded_to_steps(weight: torch.Tensor) -> torch.Tensor:
+    """What int8 makes of a weight [columns, sum]: 127 steps of a scale for each column."""
+    scales = weight.float().abs().amax(1, keepdim=True) / 127
+    return (weight.float() / scales).round() * scales
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+@pytest.mark.parametrize("shape", [(8, 32), (16, 40), (24, 72), (13, 96)], ids=str)
+def test_packed_weights(built, shape, int8):
+    """Each element is where csrc/cuda/tile.h says, and all else is zero."""
+    weight = torch.randn(shape).bfloat16()
+    packed = pack_weight(weight, int8)
+    (columns, depth), dtype = shape, torch.int8 if int8 else torch.bfloat16
+    kept = weight
+    scales = torch.ones(columns)
+    if int8:
+        scales = packed[: 4 * columns].view(torch.float32)
+        kept = rounded_to_steps(weight)
+    got = torch.zeros(shape)
+    for c in range(columns):
+        for i in range(depth):
+            at = built.packed_offset(int8, columns, depth, c, i)
+            got[c, i] = packed[at : at + dtype.itemsize].view(dtype).float() * scales[c]
+            packed[at : at + dtype.itemsize] = 0
+    torch.testing.assert_close(got, kept.float(), rtol=1e-6, atol=0)
+    blocks = packed[4 * (-(-columns // 8) * 8) :] if int8 else packed
+    assert blocks.numel() == -(-columns // 8) * 8 * -(-depth // 32) * 32 * dtype.itemsize
+    assert not blocks.any()
+
+
+def test_a_column_of_zeros_has_no_steps():
+    weight = torch.randn(8, 32).bfloat16()
+    weight[3] = 0
+    packed = pack_weight(weight, int8=True)
+    assert packed[:32].view(torch.float32)[3] == 0
+    assert not packed[32:].view(8, 32)[3].any()
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+def test_a_layer_is_in_the_kernels_order(make_model, int8):
     layer = make_model(base=True, dtype=torch.bfloat16).encoder.layer[0]
-    found = addresses(layer)
     attention, ffn = layer.attention, layer.ffn
-    assert found == [
-        p.data_ptr()
-        for p in (
-            *(attention.qkv.weight, attention.qkv.bias),
-            *(attention.out.weight_t, attention.out.bias),
-            *(attention.norm.weight, attention.norm.bias),
-            *(ffn.up.weight, ffn.up.bias, ffn.down.weight_t, ffn.down.bias),
-            *(ffn.norm.weight, ffn.norm.bias),
-        )
+    want = [
+        *(attention.qkv.weight.flatten(0, 2), attention.qkv.bias),
+        *(attention.out.weight_t.T, attention.out.bias),
+        *(attention.norm.weight, attention.norm.bias),
+        *(ffn.up.weight, ffn.up.bias, ffn.down.weight_t.T, ffn.down.bias),
+        *(ffn.norm.weight, ffn.norm.bias),
     ]
+    for i, (found, expected) in enumerate(zip(pack_layer(layer, int8), want, strict=True)):
+        if i in (0, 2, 6, 8):
+            assert torch.equal(found, pack_weight(expected, int8))
+        else:
+            assert found.data_ptr() == expected.data_ptr()
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
 @pytest.mark.parametrize("device", [H200, A100], ids=["H200", "A100"])
-def test_plans(built, make_model, device):
+def test_plans(built, make_model, device, weights):
     model = make_model(base=True, dtype=torch.bfloat16, **SIZES)
-    layers = PersistentLayers(model, device)
+    layers = PersistentLayers(model, weights, device)
+    sizes = 4 * (4 * 128 * 96 + 2 * 160 * 96)  # layers, elements of each
+    scales = 4 * (3 * 128 + 96 + 160 + 96)
+    assert layers.nbytes == (sizes + 4 * scales if weights == "int8" else 2 * sizes)
     for subnet in grid(model.config):
         for tokens in (1, 16, 128, MOST_TOKENS):
             plan = layers.plan(tokens, 1, tokens, subnet)
@@ -84,7 +128,7 @@ def test_plans(built, make_model, device):
 def test_the_fastest_kernel_is_measured_once(built, make_model, monkeypatch):
     import triton.testing
 
-    layers = PersistentLayers(make_model(base=True, dtype=torch.bfloat16, **SIZES), H200)
+    layers = PersistentLayers(make_model(base=True, dtype=torch.bfloat16, **SIZES), device=H200)
     ran, timed = [], []
     monkeypatch.setattr(layers, "_run", lambda plan, x, offsets: ran.append(plan.tile_rows))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -108,14 +152,18 @@ def test_the_fastest_kernel_is_measured_once(built, make_model, monkeypatch):
 
 def test_says_why_not(built, make_model):
     model = make_model(base=True, dtype=torch.bfloat16, **SIZES)
-    layers = PersistentLayers(model, H200)
+    layers = PersistentLayers(model, device=H200)
     with pytest.raises(InputError, match=f"tokens must be at most {MOST_TOKENS}, got 512"):
         layers.plan(512, 1, 512, Subnet.full(model.config))
     odd = Subnet.parse(model.config, "l3-h2-n13")
-    with pytest.raises(InputError, match="neurons must be a multiple of 8, got 13"):
+    with pytest.raises(InputError, match="neurons must be a multiple of 8 up to 160, got 13"):
         layers.plan(16, 1, 16, odd)
     with pytest.raises(InputError, match=r"computes in bf16, got torch\.float32"):
-        PersistentLayers(make_model(base=True, **SIZES), H200)
+        PersistentLayers(make_model(base=True, **SIZES), device=H200)
+    with pytest.raises(InputError, match="weights must be one of bf16, int8, got 'fp8'"):
+        PersistentLayers(model, "fp8", H200)
+    with pytest.raises(InputError, match="weights='int8' needs persistent=True"):
+        GpuEngine(model, weights="int8")
 
 
 def test_an_engine_says_that_it_is_off(make_model):
@@ -130,19 +178,35 @@ def test_a_module_that_is_not_built_is_bad_input(make_model, monkeypatch):
         GpuEngine(make_model(base=True), "bf16", persistent=True)
 
 
+def with_steps(model) -> None:
+    """The weights of products become those of int8."""
+    for layer in model.encoder.layer:
+        attention, ffn = layer.attention, layer.ffn
+        for weight in (attention.qkv.weight.flatten(0, 2), ffn.up.weight):
+            weight.copy_(rounded_to_steps(weight))
+        for weight in (attention.out.weight_t, ffn.down.weight_t):
+            weight.copy_(rounded_to_steps(weight.T).T)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
 @pytest.mark.parametrize("sizes", [SIZES, BASE], ids=["tiny", "base"])
 @pytest.mark.parametrize("lengths", [(1,), (16,), (31,), (128,), (5, 40, 17)], ids=str)
-def test_every_sub_network(built, make_model, sizes, lengths):
-    """Against the model in float64; allowed is twice the error of plain torch in bfloat16."""
+def test_every_sub_network(built, make_model, sizes, lengths, weights):
+    """Against the model in float64, with the weights that int8 makes; allowed is twice the error of
+    plain torch in bfloat16."""
     model = make_model(base=True, **sizes).eval()
     ids = torch.randint(4, model.config.vocab_size, (len(lengths), max(lengths)))
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     rounded = make_model(base=True, dtype=torch.bfloat16, **sizes).eval()
     rounded.load_state_dict(model.state_dict())
-    engine = GpuEngine(model.cuda(), "bf16", persistent=True)
+    engine = GpuEngine(model.cuda(), "bf16", persistent=True, weights=weights)
     exact = make_model(base=True, dtype=torch.float64, **sizes).eval()
     exact.load_state_dict(rounded.state_dict())
+    if weights == "int8":
+        with torch.no_grad():
+            with_steps(exact)
+            rounded.load_state_dict(exact.state_dict())
     rounded = rounded.cuda()
     bucket = Bucket.of(sum(lengths), len(lengths), max(lengths))
     for subnet in grid(model.config):
@@ -157,9 +221,11 @@ def test_every_sub_network(built, make_model, sizes, lengths):
 
 
 @pytest.mark.gpu
-def test_replays_do_not_see_each_other(built, make_model):
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_replays_do_not_see_each_other(built, make_model, weights):
     """Other sizes and sub-networks between two calls leave their bits as they were."""
-    engine = GpuEngine(make_model(base=True, **SIZES).cuda(), "bf16", persistent=True)
+    model = make_model(base=True, **SIZES).cuda()
+    engine = GpuEngine(model, "bf16", persistent=True, weights=weights)
     calls = [
         (torch.randint(4, 40, (batch, length)), subnet)
         for batch, length in ((1, 9), (1, 64), (3, 20), (1, 16))

@@ -31,38 +31,48 @@ WEIGHTS = ("bf16", "int8")
 _CHUNK, _COLUMNS = 32, 8  # of a block, csrc/cuda/tile.h
 
 
-def pack_weight(weight: Tensor, int8: bool = False) -> Tensor:
+def pack_weight(weight: Tensor, int8: bool = False, shape: tuple[int, int] | None = None) -> Tensor:
     """A weight as the kernel reads it (csrc/cuda/tile.h): any prefix of both is a part of it.
 
     Args:
         weight: `[columns of the output, indices of the sum]`, bfloat16.
         int8: Round to a scale for each column: its largest magnitude over 127, whatever prefix of
             the sum is used.
+        shape: Packed as if the weight were so large, with zeros beyond it.
 
     Returns:
         Bytes: scales, if there are, then blocks; zeros beyond the weight.
     """
-    padded = F.pad(weight, (0, -weight.shape[1] % _CHUNK, 0, -weight.shape[0] % _COLUMNS))
-    columns, chunks = padded.shape[0] // _COLUMNS, padded.shape[1] // _CHUNK
+    columns, depth = shape or weight.shape
+    columns, depth = columns + -columns % _COLUMNS, depth + -depth % _CHUNK
+    padded = F.pad(weight, (0, depth - weight.shape[1], 0, columns - weight.shape[0]))
+    across, chunks = columns // _COLUMNS, depth // _CHUNK
     if not int8:
         # Index 8t + 2q + h of a chunk is half h of word t in core matrix q.
-        blocks = padded.view(columns, _COLUMNS, chunks, 4, 4, 2).permute(0, 2, 4, 1, 3, 5)
+        blocks = padded.view(across, _COLUMNS, chunks, 4, 4, 2).permute(0, 2, 4, 1, 3, 5)
         return blocks.contiguous().view(torch.uint8).flatten()
     scales = padded.float().abs().amax(1) / 127
     steps = (padded.float() / scales.where(scales > 0, 1.0)[:, None]).round().to(torch.int8)
-    blocks = steps.view(columns, _COLUMNS, chunks, _CHUNK).transpose(1, 2).contiguous()
+    blocks = steps.view(across, _COLUMNS, chunks, _CHUNK).transpose(1, 2).contiguous()
     return torch.cat([scales.view(torch.uint8), blocks.view(torch.uint8).flatten()])
 
 
-def pack_layer(layer: Any, int8: bool = False) -> list[Tensor]:
-    """What the kernel reads of a layer, in the order of `Layer` in csrc/cuda/schedule.h."""
+def pack_layer(layer: Any, config: Any, int8: bool = False) -> list[Tensor]:
+    """What the kernel reads of a layer, in the order of `Layer` in csrc/cuda/schedule.h.
+
+    Layers of an exported sub-network may have fewer heads or neurons than others; the kernel takes
+    all weights to be packed as those of the widest layer are.
+    """
     attention, ffn = layer.attention, layer.ffn
+    hidden, neurons = config.hidden_size, config.intermediate_size
+    wide = config.num_attention_heads * config.head_size
+    qkv = attention.qkv.weight.flatten(0, 2)
     found = (
-        *(pack_weight(attention.qkv.weight.flatten(0, 2), int8), attention.qkv.bias),
-        *(pack_weight(attention.out.weight_t.T, int8), attention.out.bias),
+        *(pack_weight(qkv, int8, (3 * wide, hidden)), attention.qkv.bias),
+        *(pack_weight(attention.out.weight_t.T, int8, (hidden, wide)), attention.out.bias),
         *(attention.norm.weight, attention.norm.bias),
-        *(pack_weight(ffn.up.weight, int8), ffn.up.bias),
-        *(pack_weight(ffn.down.weight_t.T, int8), ffn.down.bias),
+        *(pack_weight(ffn.up.weight, int8, (neurons, hidden)), ffn.up.bias),
+        *(pack_weight(ffn.down.weight_t.T, int8, (hidden, neurons)), ffn.down.bias),
         *(ffn.norm.weight, ffn.norm.bias),
     )
     for tensor in found:
@@ -97,7 +107,9 @@ class PersistentLayers:
             raise InputError(f"the persistent kernel computes in bf16, got {encoder.dtype}")
         self._int8 = weights == "int8"
         with torch.no_grad():
-            self._layers = [pack_layer(layer, self._int8) for layer in encoder.encoder.layer]
+            self._layers = [
+                pack_layer(layer, self._config, self._int8) for layer in encoder.encoder.layer
+            ]
         self._activation = encoder.encoder.layer[0].ffn.activation
         self._device = device
         self._plans: dict[tuple[int, int, int, Subnet], Any] = {}

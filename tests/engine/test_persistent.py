@@ -90,7 +90,8 @@ def test_a_column_of_zeros_has_no_steps():
 
 @pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
 def test_a_layer_is_in_the_kernels_order(make_model, int8):
-    layer = make_model(base=True, dtype=torch.bfloat16).encoder.layer[0]
+    model = make_model(base=True, dtype=torch.bfloat16)
+    layer = model.encoder.layer[0]
     attention, ffn = layer.attention, layer.ffn
     want = [
         *(attention.qkv.weight.flatten(0, 2), attention.qkv.bias),
@@ -99,11 +100,40 @@ def test_a_layer_is_in_the_kernels_order(make_model, int8):
         *(ffn.up.weight, ffn.up.bias, ffn.down.weight_t.T, ffn.down.bias),
         *(ffn.norm.weight, ffn.norm.bias),
     ]
-    for i, (found, expected) in enumerate(zip(pack_layer(layer, int8), want, strict=True)):
+    packed = pack_layer(layer, model.config, int8)
+    for i, (found, expected) in enumerate(zip(packed, want, strict=True)):
         if i in (0, 2, 6, 8):
             assert torch.equal(found, pack_weight(expected, int8))
         else:
             assert found.data_ptr() == expected.data_ptr()
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+def test_layers_of_an_exported_sub_network_are_packed_as_the_widest(make_model, int8):
+    """The kernel reads its first heads and neurons at the distances that the widest layer gives."""
+    config = make_model(base=True, **SIZES).config
+    own = Subnet.from_extents(config, layers=(0, 2), heads=(4, 1), neurons=(40, 160))
+    whole = make_model(base=True, dtype=torch.bfloat16, **SIZES)
+    model = whole.extract(own)
+    for layer, of in zip(model.encoder.layer, (0, 2), strict=True):
+        narrow = pack_layer(layer, model.config, int8)
+        wide = pack_layer(whole.encoder.layer[of], config, int8)
+        heads, neurons = len(layer.attention.qkv.weight), len(layer.ffn.up.weight)
+        shapes = (96 * heads, 96), (96, 32 * heads), (neurons, 96), (96, neurons)
+        full = (3 * 128, 96), (96, 128), (160, 96), (96, 160)
+        for i, shape, (columns, depth) in zip((0, 2, 6, 8), shapes, full, strict=True):
+            assert narrow[i].shape == wide[i].shape
+            if int8 and shape[1] < depth:  # a narrower sum has other scales
+                continue
+            scales = 4 * columns if int8 else 0
+            size = 1 if int8 else 2
+            used = torch.zeros(columns // 8, 8, depth // 32, 32, dtype=torch.bool)
+            used.view(columns, depth)[: shape[0], : shape[1]] = True
+            if shape[1] % 32 == 0:  # whole blocks: their order within does not matter
+                used = used.transpose(1, 2).reshape(-1).repeat_interleave(size)
+                got, want = narrow[i][scales:], wide[i][scales:]
+                assert torch.equal(got[used], want[used])
+                assert not got[~used].any()
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
@@ -218,6 +248,20 @@ def test_every_sub_network(built, make_model, sizes, lengths, weights):
         allowed = 2 * (usual.double()[mask] - want).abs().max()
         error = (got - want).abs().max()
         assert error <= allowed, f"{subnet}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.gpu
+def test_an_exported_sub_network_computes_the_bits_of_the_whole_model(built, make_model):
+    whole = make_model(base=True, **SIZES).cuda()
+    own = Subnet.from_extents(whole.config, layers=(0, 2), heads=(4, 1), neurons=(40, 160))
+    exported = whole.extract(own)
+    ids = torch.randint(4, whole.config.vocab_size, (2, 17))
+    found = []
+    for model, subnet in ((whole, own), (exported, Subnet.full(exported.config))):
+        engine = GpuEngine(model, "bf16", persistent=True)
+        assert engine.why_not_persistent(Bucket.of(34, 2, 17), subnet) is None
+        found.append(engine(ids, subnet=subnet).last_hidden_state)
+    assert torch.equal(*found)
 
 
 @pytest.mark.gpu

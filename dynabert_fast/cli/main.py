@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code, message = 0, ""
     try:
         args.run(args)
+        _leave_processes()
         sys.stdout.flush()  # a reader that has gone is noticed here, not when Python exits
     except InputError as error:
         code, message = BAD_INPUT, f"error: {error}"
@@ -57,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if message:
         print(f"{PROGRAM}: {' '.join(message.splitlines())}", file=sys.stderr)
     return code
+
+
+def _leave_processes() -> None:
+    """Under `torchrun`: end the group, or its threads may abort a process that is done."""
+    distributed = sys.modules.get("torch.distributed")  # not imported for this
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _refusal(error: OSError) -> tuple[int, str]:

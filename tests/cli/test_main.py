@@ -178,3 +178,17 @@ def test_full_disk(tmp_path, checkpoints, sources, environment):
     assert line.startswith(f"dynabert-fast: error: could not save {tmp_path / 'out'}")
     assert result.stderr.endswith(line + "\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_command_leaves_its_group_of_processes(cli):
+    """Threads of a group that is there at the exit abort the process now and then."""
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("needs torch with torch.distributed")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert cli("info").code == 0
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

@@ -102,6 +102,7 @@ def work(folder: Path) -> None:
         train(folder, folder / "resumed", dropout=True, batch_size=4)
     report = {name: [o.texts, o.exchanges] for name, o in seen.items()}
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))
+    torch.distributed.destroy_process_group()  # else its threads may abort a process that is done
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from dynabert_fast.engine.native import cuda_module
 from dynabert_fast.errors import InputError
+from dynabert_fast.ops.choices import may_measure
 from dynabert_fast.subnet import Subnet
 
 logger = logging.getLogger(__name__)
@@ -171,12 +171,7 @@ class PersistentLayers:
         assert offsets.dtype == torch.int64
         key = x.shape[0], offsets.shape[0] - 1, longest, subnet
         plan = self.plan(*key)
-        untuned = os.environ.get("DYNABERT_FAST_TUNE") == "0"
-        if (
-            not untuned
-            and key not in self._measured
-            and not torch.cuda.is_current_stream_capturing()
-        ):
+        if key not in self._measured and may_measure():
             plan = self._plans[key] = self._measure(key, x, offsets)
             self._measured.add(key)
         self._run(plan, x, offsets)

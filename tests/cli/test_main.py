@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from torch import distributed
 
 from dynabert_fast import __version__
 from dynabert_fast.cli import info
@@ -182,9 +183,6 @@ def test_full_disk(tmp_path, checkpoints, sources, environment):
 
 def test_a_command_leaves_its_group_of_processes(cli):
     """Threads of a group that is there at the exit abort the process now and then."""
-    distributed = pytest.importorskip("torch.distributed")
-    if not distributed.is_available():
-        pytest.skip("needs torch with torch.distributed")
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         assert cli("info").code == 0

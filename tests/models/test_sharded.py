@@ -68,8 +68,6 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_two_processes_with_half_of_the_weights_each():
-    if not distributed.is_gloo_available():
-        pytest.skip("needs torch with gloo")
     settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, *LAUNCH, Path(__file__)],

@@ -387,6 +387,13 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
             help="training depths, the teacher runs at the student's width (paper, default) or "
             "at full width (released code)",
         )
+        group.add_argument(
+            "--hidden-target",
+            choices=("input", "output"),
+            default="input",
+            help="training depths, a hidden state learns from the teacher's input of the layer "
+            "that it goes to (paper, default) or from its output of the layer that it comes from",
+        )
 
 
 def training_options(args: argparse.Namespace, stage: str | None = None) -> TrainingOptions:
@@ -429,7 +436,9 @@ def stages_of(args: argparse.Namespace) -> dict[str, Stage]:
         # Widths always learn from the full teacher: it was fine-tuned at that width alone.
         recipe = dataclasses.replace(recipe, logits=args.lambda_logits, hidden=hidden)
         if name == "depth" and hasattr(args, "teacher_width"):
-            recipe = dataclasses.replace(recipe, teacher_width=args.teacher_width)
+            recipe = dataclasses.replace(
+                recipe, teacher_width=args.teacher_width, hidden_target=args.hidden_target
+            )
         found[name] = dataclasses.replace(found[name], recipe=recipe)
     return found
 

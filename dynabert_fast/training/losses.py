@@ -17,11 +17,12 @@ from dynabert_fast.subnet import Subnet
 from dynabert_fast.tree import SubnetTree
 
 TeacherWidth = Literal["same", "full"]
+HiddenTarget = Literal["input", "output"]
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Weights of the distillation loss, and which teacher a sub-network has.
+    """Weights of the distillation loss, and what of which teacher a sub-network learns from.
 
     The loss is `logits * SCE + hidden * sum of MSE`: SCE is the soft cross-entropy of the logits at
     temperature 1 (the mean squared error of the logit in regression), the sum runs over matched
@@ -32,6 +33,11 @@ class Distillation:
         hidden: Weight of the hidden states' loss (lambda_2); 0 leaves them out.
         teacher_width: `same`: the teacher runs at the student's width (the paper); `full`: always
             at full width (the released code), one teacher pass per batch.
+        hidden_target: What a hidden state learns from: `input`, the teacher's input of the layer
+            that it goes to (the paper); `output`, the teacher's output of the layer that it comes
+            from. The last one learns from the last. With `input`, the output of a layer that
+            several depths share has a target for each depth: layer 0 of 6, at depths 1 and 0.5,
+            learns to be the input of layer 1 and that of layer 2. With `output` it has one.
         width_exponent: A sub-network's loss counts `width ** width_exponent` times: 0 for all alike
             (the paper), negative for more weight on narrow ones. Explicit extents count once.
     """
@@ -39,6 +45,7 @@ class Distillation:
     logits: float = 1.0
     hidden: float = 1.0
     teacher_width: TeacherWidth = "same"
+    hidden_target: HiddenTarget = "input"
     width_exponent: float = 0.0
 
     def __post_init__(self) -> None:
@@ -53,6 +60,8 @@ class Distillation:
             raise InputError(f"width_exponent must be finite, got {self.width_exponent}")
         if self.teacher_width not in ("same", "full"):
             raise InputError(f"teacher_width must be same or full, got {self.teacher_width!r}")
+        if self.hidden_target not in ("input", "output"):
+            raise InputError(f"hidden_target must be input or output, got {self.hidden_target!r}")
 
     def weight(self, student: Subnet) -> float:
         """How many times the student's loss counts."""
@@ -67,17 +76,19 @@ class Distillation:
         return Subnet.from_multipliers(config, width=1.0 if width is None else width)
 
 
-def matched_layers(student: Subnet, teacher: Subnet) -> list[int]:
+def matched_layers(student: Subnet, teacher: Subnet, target: HiddenTarget = "input") -> list[int]:
     """Which hidden states of a full-depth teacher the student's are compared with.
 
-    Hidden state 0 is the embeddings' output, i + 1 that of layer i. The input of each kept layer is
-    matched with the teacher's input of the same layer, the last hidden state with the last: for
-    kept layers 0, 2, 4 of 6 that is 0, 2, 4, 6.
+    Hidden state 0 is the embeddings' output, i + 1 that of layer i. For kept layers 0, 2, 4 of 6
+    that is 0, 2, 4, 6 (`input`: of the layer that comes next) or 0, 1, 3, 6 (`output`: of the same
+    layer); see `Distillation.hidden_target`.
 
     Returns:
         One index for each of the student's `len(layers) + 1` hidden states.
     """
-    return [*student.layers, len(teacher.layers)]
+    if target == "input":
+        return [*student.layers, len(teacher.layers)]
+    return [0, *(layer + 1 for layer in student.layers[:-1]), len(teacher.layers)]
 
 
 def distillation_loss(
@@ -148,7 +159,7 @@ class TreeDistillation:
         self._pairs = self._match(tree) if recipe.hidden else []
 
     def _match(self, tree: SubnetTree) -> list[_Pair]:
-        """Each hidden state with the teacher's input of the same layer, the last with the last."""
+        """Each hidden state with the teacher's that it learns from, see `hidden_target`."""
         place = {
             (edge.layer, teacher): (target, node)
             for target, edge in enumerate(self.teachers.edges)
@@ -157,10 +168,15 @@ class TreeDistillation:
         }
         pairs: list[_Pair] = []
         for state, edge in enumerate(tree.edges):
+            # The teacher has every layer: the output of one is the input of the next.
+            layer = edge.layer
+            if self.recipe.hidden_target == "output" and layer is not None:
+                output = edge.source[0]
+                layer = tree.levels[output - 1].layer + 1 if output else 0
             for node, users in enumerate(edge.users):
                 targets: dict[tuple[int, int], float] = {}
                 for user in users:
-                    found = place[edge.layer, self.teacher_of[user]]
+                    found = place[layer, self.teacher_of[user]]
                     targets[found] = targets.get(found, 0.0) + self._weights[user]
                 for (target, at), count in targets.items():
                     last = pairs[-1] if pairs else None

@@ -84,6 +84,7 @@ def test_defaults_are_the_papers():
     # The fine-tuned teacher is good at full width only; that of the depths at every width.
     assert found["width"].recipe.teacher_width == "full"
     assert found["depth"].recipe.teacher_width == "same"
+    assert found["depth"].recipe.hidden_target == "input"
     assert found["finetune"].recipe is found["final"].recipe is None
 
 
@@ -136,13 +137,15 @@ def test_a_stage_has_its_own_epochs_and_rate(stage):
 def test_distillation_options_reach_both_stages():
     args = parse(
         *"--lambda-logits 2 --lambda-hidden 3 --teacher-width full".split(),
+        *"--hidden-target output".split(),
         *"--widths 1,0.5 --depths 1".split(),
     )
-    for name, stage in shared.stages_of(args).items():
-        if name in ("width", "depth"):
-            recipe = stage.recipe
-            assert (recipe.logits, recipe.hidden, recipe.teacher_width) == (2.0, 3.0, "full")
-            assert (stage.widths, stage.depths) == ((1.0, 0.5), (1.0,))
+    found = shared.stages_of(args)
+    for name in ("width", "depth"):
+        recipe = found[name].recipe
+        assert (recipe.logits, recipe.hidden, recipe.teacher_width) == (2.0, 3.0, "full")
+        assert (found[name].widths, found[name].depths) == ((1.0, 0.5), (1.0,))
+    assert found["depth"].recipe.hidden_target == "output"
 
 
 # --- data -----------------------------------------------------------------------------------------

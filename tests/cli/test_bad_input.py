@@ -377,10 +377,10 @@ def test_student_and_teacher(fails, command, message):
     assert message in fails(f"{program} {command}")
 
 
-def test_width_of_the_teacher(fails):
+@pytest.mark.parametrize("option", ["--teacher-width", "--hidden-target"])
+def test_choices_of_distillation(fails, option):
     program = f"train-depth {{classifier}} {UNREAD} --output {{out}} --teacher {{classifier}}"
-    error = fails(f"{program} --teacher-width narrow")
-    assert "argument --teacher-width: invalid choice: 'narrow'" in error
+    assert f"argument {option}: invalid choice: 'narrow'" in fails(f"{program} {option} narrow")
 
 
 @cases(

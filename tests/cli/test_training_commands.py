@@ -322,16 +322,18 @@ def test_the_seed_matters(cli, chained, checkpoints, sources, tmp_path):
     assert not equal(output, chained["teacher"])
 
 
-def test_lambda_and_teacher_width_matter(cli, chained, sources, tmp_path):
+def test_options_of_distillation_matter(cli, chained, sources, tmp_path):
     for command, student, teacher, stage, change in (
         ("train-width", "rewired", "teacher", "width", "--lambda-hidden 0"),
         ("train-depth", "width", "width", "depth", "--teacher-width full"),
+        ("train-depth", "width", "width", "depth", "--hidden-target output"),
     ):
         words = (command, chained[student], "--teacher", chained[teacher])
         training = (*sources["classes"], *STEPS, *GRID)
-        result = cli(*words, "--output", tmp_path / stage, *training, *change.split())
+        output = tmp_path / change
+        result = cli(*words, "--output", output, *training, *change.split())
         assert result.code == 0, result.err
-        assert not equal(tmp_path / stage, chained[stage])
+        assert not equal(output, chained[stage])
 
 
 def test_a_teacher_of_another_size_without_matched_states(

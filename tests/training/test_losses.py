@@ -23,28 +23,38 @@ def config_of(layers: int) -> SimpleNamespace:
     return SimpleNamespace(layer_heads=[4] * layers, layer_neurons=[40] * layers)
 
 
-# Number of layers, the student's depth: the teacher's hidden states (0 is the embeddings').
+# Number of layers, the student's depth: the teacher's hidden states (0 is the embeddings'), as
+# inputs of the student's next layers and as outputs of its last ones.
 MATCHED = {
-    "12 layers, all": (12, 1.0, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
-    "12 layers, 0.75": (12, 0.75, [0, 1, 2, 4, 5, 6, 8, 9, 10, 12]),
-    "12 layers, 0.5": (12, 0.5, [0, 2, 4, 6, 8, 10, 12]),
-    "6 layers, 0.75": (6, 0.75, [0, 1, 2, 4, 6]),
-    "6 layers, 0.5": (6, 0.5, [0, 2, 4, 6]),
-    "1 layer": (1, 1.0, [0, 1]),
+    "12 layers, all": (12, 1.0, [*range(13)], [*range(13)]),
+    "12 layers, 0.75": (
+        12,
+        0.75,
+        [0, 1, 2, 4, 5, 6, 8, 9, 10, 12],
+        [0, 1, 2, 3, 5, 6, 7, 9, 10, 12],
+    ),
+    "12 layers, 0.5": (12, 0.5, [0, 2, 4, 6, 8, 10, 12], [0, 1, 3, 5, 7, 9, 12]),
+    "6 layers, 0.75": (6, 0.75, [0, 1, 2, 4, 6], [0, 1, 2, 3, 6]),
+    "6 layers, 0.5": (6, 0.5, [0, 2, 4, 6], [0, 1, 3, 6]),
+    "1 layer": (1, 1.0, [0, 1], [0, 1]),
 }
 
 
-@pytest.mark.parametrize(("layers", "depth", "wanted"), MATCHED.values(), ids=MATCHED.keys())
-def test_matched_layers(layers, depth, wanted):
+@pytest.mark.parametrize(
+    ("layers", "depth", "inputs", "outputs"), MATCHED.values(), ids=MATCHED.keys()
+)
+def test_matched_layers(layers, depth, inputs, outputs):
     config = config_of(layers)
     student = Subnet.from_multipliers(config, 0.5, depth)
-    assert matched_layers(student, Subnet.full(config)) == wanted
+    assert matched_layers(student, Subnet.full(config)) == inputs
+    assert matched_layers(student, Subnet.full(config), "output") == outputs
 
 
 def test_matched_layers_of_explicit_layers():
     config = config_of(6)
     student = Subnet.from_extents(config, (1, 5), (2, 4), (7, 40))
     assert matched_layers(student, Subnet.full(config)) == [1, 5, 6]
+    assert matched_layers(student, Subnet.full(config), "output") == [0, 2, 6]
 
 
 def hidden_pairs(count, tokens=(5, 7, 3)):
@@ -132,8 +142,13 @@ def test_unknown_teacher_width_is_refused():
         Distillation(teacher_width="half")
 
 
+def test_unknown_hidden_target_is_refused():
+    with pytest.raises(InputError, match="must be input or output, got 'last'"):
+        Distillation(hidden_target="last")
+
+
 def test_defaults_are_those_of_the_paper():
-    assert Distillation() == Distillation(1.0, 1.0, "same")
+    assert Distillation() == Distillation(1.0, 1.0, "same", "input")
 
 
 @pytest.mark.parametrize("layers", [6, 12])
@@ -197,10 +212,11 @@ def own_states(tree, states):
 
 @pytest.mark.parametrize("classes", [1, 3], ids=["regression", "classes"])
 @pytest.mark.parametrize("width", ["same", "full"])
+@pytest.mark.parametrize("target", ["input", "output"])
 @pytest.mark.parametrize(("logits", "hidden"), [(0.7, 0.3), (1.0, 0.0), (0.0, 2.0)])
-def test_a_trees_loss_is_the_sum_of_its_students(students, width, logits, hidden, classes):
+def test_a_trees_loss_is_the_sum_of_its_students(students, width, target, logits, hidden, classes):
     config, generator = config_of(4), torch.Generator().manual_seed(3)
-    recipe, tree = Distillation(logits, hidden, width), SubnetTree(students)
+    recipe, tree = Distillation(logits, hidden, width, target), SubnetTree(students)
     lesson = TreeDistillation(recipe, config, tree)
     assert len(set(lesson.teachers.subnets)) == len(lesson.teachers.subnets)
 
@@ -226,7 +242,8 @@ def test_a_trees_loss_is_the_sum_of_its_students(students, width, logits, hidden
     for i, student in enumerate(students):
         teacher = recipe.teacher_subnet(config, student)
         at = lesson.teachers.subnets.index(teacher)
-        aims = [of_teacher[at][k] for k in matched_layers(student, teacher)] if hidden else ()
+        matched = matched_layers(student, teacher, target) if hidden else ()
+        aims = [of_teacher[at][k] for k in matched]
         total = total + distillation_loss(
             recipe, given[i], wanted[at].detach(), of_student[i], [aim.detach() for aim in aims]
         )

@@ -80,8 +80,12 @@ def plain_loop(student, teacher, subnets, batch, recipe):
             loss = F.cross_entropy(out.logits, aim.logits.softmax(-1))
         total = total + recipe.logits * loss
         for k, state in enumerate(out.hidden_states):
-            last = k == len(subnet.layers)
-            at = student.config.num_hidden_layers if last else subnet.layers[k]
+            if k == len(subnet.layers):
+                at = student.config.num_hidden_layers
+            elif recipe.hidden_target == "input":
+                at = subnet.layers[k]
+            else:
+                at = subnet.layers[k - 1] + 1 if k else 0
             total = total + recipe.hidden * F.mse_loss(state[real], aim.hidden_states[at][real])
     total.backward()
     return {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}, total
@@ -102,6 +106,7 @@ STEPS = {
     "width, same width": ("width", None, "binary", {}),
     "depth, same width": ("depth", None, "many", {}),
     "depth, full width": ("depth", Distillation(0.7, 0.3, "full"), "pair", {}),
+    "depth, outputs": ("depth", Distillation(0.7, 0.3, hidden_target="output"), "pair", {}),
     "depth, logits only": ("depth", Distillation(1.0, 0.0), "binary", {}),
     "depth, regression": ("depth", None, "regression", {}),
     "depth, RoBERTa": ("depth", None, "binary", {"family": "roberta", "pad_token_id": 0}),

@@ -139,6 +139,22 @@ RECIPES: dict[str, Recipe] = {
         training={"depth": {"learning_rate": 3e-4, "warmup": 0.1}},
         epochs=2.0,
     ),
+    "small": Recipe(
+        "stage `depth` in batches of 8 at twice the rate, with warm-up; "
+        "hidden states learn from outputs",
+        distillation={"depth": {"hidden_target": "output"}},
+        training={"depth": {"batch_size": 8, "learning_rate": 2e-4, "warmup": 0.1}},
+    ),
+    "small-input": Recipe(
+        "the same, but hidden states learn from inputs, as the paper's",
+        training={"depth": {"batch_size": 8, "learning_rate": 2e-4, "warmup": 0.1}},
+    ),
+    "small-longer": Recipe(
+        "`small`, and twice the epochs",
+        distillation={"depth": {"hidden_target": "output"}},
+        training={"depth": {"batch_size": 8, "learning_rate": 2e-4, "warmup": 0.1}},
+        epochs=2.0,
+    ),
     "longer": Recipe("twice the epochs", epochs=2.0),
     "direct": Recipe(
         "straight to the grid, no stage `width`, twice the epochs",

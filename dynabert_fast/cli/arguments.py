@@ -318,7 +318,7 @@ def add_training(parser: argparse.ArgumentParser, per_stage: bool = False) -> No
         "accumulated batches",
         to=size,
     )
-    add("--learning-rate", POSITIVE, 2e-5, "peak rate (default 2e-5)")
+    add("--learning-rate", POSITIVE, None, "peak rate (default 2e-5)")
     if per_stage:
         for stage in STAGES:
             add(f"--{stage}-epochs", POSITIVE, None, f"passes of stage {stage}")
@@ -381,6 +381,14 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
     )
     if of_depths:
         group.add_argument(
+            "--recipe",
+            choices=("paper", "small-batches"),
+            default="paper",
+            help="training depths as published (default); or, for data with few steps an epoch, "
+            "in batches of 8 at twice the rate after a tenth of warm-up, with --hidden-target "
+            "output, where no option says otherwise",
+        )
+        group.add_argument(
             "--teacher-width",
             choices=("same", "full"),
             default="same",
@@ -390,27 +398,26 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
         group.add_argument(
             "--hidden-target",
             choices=("input", "output"),
-            default="input",
             help="training depths, a hidden state learns from the teacher's input of the layer "
-            "that it goes to (paper, default) or from its output of the layer that it comes from",
+            "that it goes to (paper) or from its output of the layer that it comes from (default "
+            "the recipe's)",
         )
 
 
-def training_options(args: argparse.Namespace, stage: str | None = None) -> TrainingOptions:
-    """The hyper-parameters, for one stage where the command has options for each."""
-    from dynabert_fast.training import Schedule, TrainingOptions
+def training_options(args: argparse.Namespace, stage: str) -> TrainingOptions:
+    """The hyper-parameters of a stage: the options', where none is given those of the recipe."""
+    from dynabert_fast.training import RECIPES, Schedule, TrainingOptions
 
-    def of_stage(name: str) -> float:
-        value = getattr(args, f"{stage}_{name}", None) if stage else None
-        return getattr(args, name) if value is None else value
+    def own(name: str) -> Any:
+        """What an option says of this stage alone; commands of one stage have no other."""
+        return getattr(args, f"{stage}_{name}", getattr(args, name))
 
-    return TrainingOptions(
-        learning_rate=of_stage("learning_rate"),
-        epochs=of_stage("epochs"),
+    epochs, rate = own("epochs"), own("learning_rate")
+    default = TrainingOptions(
+        learning_rate=args.learning_rate or TrainingOptions.learning_rate,
+        epochs=args.epochs if epochs is None else epochs,
         max_steps=args.max_steps,
-        batch_size=TrainingOptions.batch_size if args.batch_size is None else args.batch_size,
         tokens_per_step=args.tokens_per_step,
-        warmup=args.warmup,
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
         gradient_accumulation=args.gradient_accumulation,
@@ -422,13 +429,17 @@ def training_options(args: argparse.Namespace, stage: str | None = None) -> Trai
         checkpointing=args.checkpointing,
         seed=args.seed,
     )
+    if stage == "depth":
+        default = RECIPES[args.recipe].training(default)
+    given = {"learning_rate": rate, "batch_size": args.batch_size, "warmup": args.warmup}
+    return dataclasses.replace(default, **{k: v for k, v in given.items() if v is not None})
 
 
 def stages_of(args: argparse.Namespace) -> dict[str, Stage]:
     """The stages with the grid and the distillation that the arguments ask for."""
-    from dynabert_fast.training import stages
+    from dynabert_fast.training import RECIPES, stages
 
-    found = stages(args.widths, args.depths)
+    found = stages(args.widths, args.depths, RECIPES[getattr(args, "recipe", "paper")])
     for name in ("width", "depth"):
         recipe = found[name].recipe
         assert recipe is not None
@@ -436,9 +447,9 @@ def stages_of(args: argparse.Namespace) -> dict[str, Stage]:
         # Widths always learn from the full teacher: it was fine-tuned at that width alone.
         recipe = dataclasses.replace(recipe, logits=args.lambda_logits, hidden=hidden)
         if name == "depth" and hasattr(args, "teacher_width"):
-            recipe = dataclasses.replace(
-                recipe, teacher_width=args.teacher_width, hidden_target=args.hidden_target
-            )
+            recipe = dataclasses.replace(recipe, teacher_width=args.teacher_width)
+            if args.hidden_target is not None:
+                recipe = dataclasses.replace(recipe, hidden_target=args.hidden_target)
         found[name] = dataclasses.replace(found[name], recipe=recipe)
     return found
 

@@ -189,7 +189,7 @@ def _finetune(args: argparse.Namespace) -> None:
     shared.quiet_libraries()
     from dynabert_fast.training.pipeline import finetune
 
-    options = shared.training_options(args)
+    options = shared.training_options(args, "finetune")
     if shared.done_before(args):
         return
     data, encoded = shared.prepare(args, args.model, new_head=True)
@@ -238,7 +238,7 @@ def _train(stage: str, args: argparse.Namespace) -> None:
             f"train-{stage} augments in one process; with several use fit, whose first process does"
         )
     found = (shared.stages_of(args) if distils else stages(args.widths, args.depths))[stage]
-    options = shared.training_options(args)
+    options = shared.training_options(args, stage)
     config = load_config(args.checkpoint)
     grid(config, found.widths, found.depths)
     if found.recipe is not None:

@@ -10,6 +10,8 @@ from dynabert_fast.training.losses import (
 )
 from dynabert_fast.training.schedules import Schedule
 from dynabert_fast.training.stages import (
+    RECIPES,
+    Recipe,
     Stage,
     StageData,
     TrainingOptions,
@@ -20,8 +22,10 @@ from dynabert_fast.training.stages import (
 from dynabert_fast.training.trainer import ElasticTrainer
 
 __all__ = [
+    "RECIPES",
     "Distillation",
     "ElasticTrainer",
+    "Recipe",
     "Schedule",
     "Stage",
     "StageData",

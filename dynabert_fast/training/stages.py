@@ -18,7 +18,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from dynabert_fast.errors import InputError
 from dynabert_fast.files import find_damage, new_folder, whole_folder
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
-from dynabert_fast.training.losses import Distillation
+from dynabert_fast.training.losses import Distillation, HiddenTarget
 from dynabert_fast.training.schedules import Schedule
 from dynabert_fast.training.trainer import (
     CHECKPOINTING,
@@ -65,7 +65,46 @@ class Stage:
         return grid(model.config, self.widths, self.depths)
 
 
-def stages(widths: Sequence[float] = WIDTHS, depths: Sequence[float] = DEPTHS) -> dict[str, Stage]:
+@dataclass(frozen=True)
+class Recipe:
+    """How stage `depth` is trained; all else is the paper's in every recipe.
+
+    Attributes:
+        batch_size: Examples per batch and process; `None` as in the other stages.
+        rate: Times the learning rate of the other stages.
+        warmup: Share of the steps with a rising rate; `None` as in the other stages.
+        hidden_target: See `Distillation`.
+    """
+
+    batch_size: int | None = None
+    rate: float = 1.0
+    warmup: float | None = None
+    hidden_target: HiddenTarget = "input"
+
+    def training(self, options: TrainingOptions) -> TrainingOptions:
+        """The options of stage `depth`, given those of the other stages."""
+        return replace(
+            options,
+            batch_size=self.batch_size or options.batch_size,
+            learning_rate=self.rate * options.learning_rate,
+            warmup=options.warmup if self.warmup is None else self.warmup,
+        )
+
+
+#: By name. `small-batches` is for data of which an epoch has some hundred steps (docs/quality.md):
+#: what sub-networks of less depth lack there is steps, and as all sub-networks are one pass, a
+#: batch of 8 examples is hundreds of rows of a layer, and costs little more than its share.
+RECIPES = {
+    "paper": Recipe(),
+    "small-batches": Recipe(batch_size=8, rate=2.0, warmup=0.1, hidden_target="output"),
+}
+
+
+def stages(
+    widths: Sequence[float] = WIDTHS,
+    depths: Sequence[float] = DEPTHS,
+    recipe: Recipe = RECIPES["paper"],
+) -> dict[str, Stage]:
     """The four stages by name, with the paper's losses, for a grid of widths and depths."""
     widths, depths = tuple(widths), tuple(depths)
     # The fine-tuned teacher was never trained to be good at less than its full width.
@@ -73,7 +112,7 @@ def stages(widths: Sequence[float] = WIDTHS, depths: Sequence[float] = DEPTHS) -
     return {
         "finetune": Stage("finetune", (1.0,), (1.0,), None),
         "width": Stage("width", widths, (1.0,), every_width),
-        "depth": Stage("depth", widths, depths, Distillation(hidden=1.0)),
+        "depth": Stage("depth", widths, depths, Distillation(hidden_target=recipe.hidden_target)),
         "final": Stage("final", widths, depths, None),
     }
 

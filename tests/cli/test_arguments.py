@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 
@@ -12,7 +13,7 @@ from dynabert_fast.data import Examples, Task, TaskData
 from dynabert_fast.errors import InputError
 from dynabert_fast.models import DynaBertConfig
 from dynabert_fast.subnet import DEPTHS, WIDTHS
-from dynabert_fast.training import Schedule
+from dynabert_fast.training import RECIPES, Recipe, Schedule
 
 FIT = "fit --model m --output o --train-file f --text-column t --label-column l".split()
 
@@ -95,7 +96,7 @@ def test_every_option_reaches_the_trainer():
         *"--eval-batch-size 6 --precision bf16 --save-every 8 --seed 9".split(),
         *"--schedule sandwich --drawn-subnets 0 --subnets-per-pass 10 --checkpointing".split(),
     )
-    options = shared.training_options(args)
+    options = shared.training_options(args, "width")
     assert vars(options) == {
         "epochs": 4.0,
         "max_steps": 7,
@@ -117,7 +118,7 @@ def test_every_option_reaches_the_trainer():
 
 
 def test_a_step_is_of_examples_or_of_tokens(capsys):
-    options = shared.training_options(parse("--tokens-per-step", "4096"))
+    options = shared.training_options(parse("--tokens-per-step", "4096"), "width")
     assert (options.tokens_per_step, options.batch_size) == (4096, 32)
     with pytest.raises(SystemExit) as error:  # the default too, given by hand
         parse("--tokens-per-step", "4096", "--batch-size", "32")
@@ -132,6 +133,41 @@ def test_a_stage_has_its_own_epochs_and_rate(stage):
         options = shared.training_options(args, name)
         want = (5.0, 0.5) if name == stage else (2.0, 2e-5)
         assert (options.epochs, options.learning_rate) == want
+
+
+def test_a_recipe_changes_the_stage_of_depths_alone():
+    paper, small = parse(), parse("--recipe", "small-batches")
+    for stage in shared.STAGES:
+        changed = shared.training_options(small, stage)
+        same = shared.training_options(paper, stage)
+        if stage == "depth":
+            assert (changed.batch_size, changed.learning_rate, changed.warmup) == (8, 4e-5, 0.1)
+            same = dataclasses.replace(same, batch_size=8, learning_rate=4e-5, warmup=0.1)
+        assert changed == same
+    found = shared.stages_of(small)
+    assert found["depth"].recipe.hidden_target == "output"
+    assert found["width"] == shared.stages_of(paper)["width"]
+    assert RECIPES["paper"] == Recipe()
+
+
+def test_options_stand_before_the_recipe():
+    args = parse(
+        *"--recipe small-batches --batch-size 16 --warmup 0 --hidden-target input".split(),
+        *"--learning-rate 0.25".split(),
+    )
+    options = shared.training_options(args, "depth")
+    # The rate is that of all stages, to which the recipe's is relative.
+    assert (options.batch_size, options.warmup, options.learning_rate) == (16, 0.0, 0.5)
+    assert shared.stages_of(args)["depth"].recipe.hidden_target == "input"
+    args = parse(*"--recipe small-batches --depth-learning-rate 0.125".split())
+    assert shared.training_options(args, "depth").learning_rate == 0.125
+
+
+def test_the_command_of_one_stage_takes_its_rate_as_it_is():
+    words = "train-depth student --teacher teacher --output out --task rte --data-dir data".split()
+    for given, want in ((), 4e-5), (("--learning-rate", "0.5"), 0.5):
+        args = build_parser().parse_args([*words, "--recipe", "small-batches", *given])
+        assert shared.training_options(args, "depth").learning_rate == want
 
 
 def test_distillation_options_reach_both_stages():

@@ -327,6 +327,7 @@ def test_options_of_distillation_matter(cli, chained, sources, tmp_path):
         ("train-width", "rewired", "teacher", "width", "--lambda-hidden 0"),
         ("train-depth", "width", "width", "depth", "--teacher-width full"),
         ("train-depth", "width", "width", "depth", "--hidden-target output"),
+        ("train-depth", "width", "width", "depth", "--recipe small-batches"),
     ):
         words = (command, chained[student], "--teacher", chained[teacher])
         training = (*sources["classes"], *STEPS, *GRID)

@@ -1,6 +1,6 @@
 """Accuracy of every sub-network on real tasks, for the paper's recipe and changes of it.
 
-    python benchmarks/quality.py --data-dir DATA --model MODEL --work WORK
+    python benchmarks/quality.py --data-dir DATA --model MODEL --model-name NAME --work WORK
     python benchmarks/quality.py --report
 
 The first runs what is missing in `benchmarks/results/quality/<task>.json`, one (task, seed, recipe)
@@ -32,7 +32,7 @@ from typing import Any
 import quality_report
 import torch
 
-from dynabert_fast.cli.arguments import quiet_libraries
+from dynabert_fast.cli.arguments import COUNT, POSITIVE, quiet_libraries
 from dynabert_fast.data import TaskData, load_glue
 from dynabert_fast.errors import InputError, SaveError, TrainingError
 from dynabert_fast.evaluation import environment, make_batches, primary_metric, score_grid
@@ -497,12 +497,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="only write docs/quality.md")
     parser.add_argument("--data-dir", help="folder with the tasks' folders")
     parser.add_argument("--model", help="pretrained encoder: folder or hub id")
-    parser.add_argument("--model-name", default="all-MiniLM-L6-v2", help="of it, in results")
+    parser.add_argument(
+        "--model-name", help="of it, in results and for weights in WORK (default its last part)"
+    )
     parser.add_argument("--work", help="folder for weights")
     parser.add_argument("--tasks", type=names(list(EPOCHS)), default=list(EPOCHS))
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 1 (default 3)")
+    parser.add_argument("--seeds", type=COUNT, default=3, help="how many, from 1 (default 3)")
     parser.add_argument("--recipes", type=names(list(RECIPES)), default=list(RECIPES))
-    parser.add_argument("--time-limit", type=float, metavar="MINUTES")
+    parser.add_argument("--time-limit", type=POSITIVE, metavar="MINUTES")
     parser.add_argument("--results", default=RESULTS, help="folder of the results")
     args = parser.parse_args(argv)
     lacking = [
@@ -510,6 +512,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     ]
     if lacking and not args.report:
         parser.error(f"give {', '.join(lacking)}, or --report")
+    if args.model_name is None and args.model:
+        args.model_name = Path(args.model).name
     return args
 
 

@@ -136,7 +136,8 @@ def _head(tasks: Sequence[Record], recipes: Mapping[str, str], main: str) -> lis
         "drops are those of its Table 1 (BERT-base, 12 layers, augmented data); its models are "
         "larger, so the drops are comparable and the scores are not. TREC is not in the paper.",
         "",
-        "    python benchmarks/quality.py --data-dir DATA --model MODEL --work WORK",
+        "    python benchmarks/quality.py --data-dir DATA --model MODEL --model-name NAME "
+        "--work WORK",
         "    python benchmarks/quality.py --report",
         "",
         "run what is missing, and write this page. All numbers, settings, times and versions stand "

@@ -308,7 +308,7 @@ def add_training(parser: argparse.ArgumentParser, per_stage: bool = False) -> No
         to.add_argument(name, type=kind, default=default, metavar="N", help=text)
 
     add("--epochs", POSITIVE, 3.0, "passes over the data (default 3)")
-    add("--max-steps", COUNT, -1, "stop each stage after so many steps")
+    add("--max-steps", COUNT, -1, "train each stage for so many steps, instead of --epochs")
     add("--batch-size", COUNT, None, "examples per batch and process (default 32)", to=size)
     add(
         "--tokens-per-step",
@@ -318,10 +318,11 @@ def add_training(parser: argparse.ArgumentParser, per_stage: bool = False) -> No
         "accumulated batches",
         to=size,
     )
-    add("--learning-rate", POSITIVE, None, "peak rate (default 2e-5)")
+    add("--learning-rate", POSITIVE, 2e-5, "peak rate (default 2e-5)")
     if per_stage:
         for stage in STAGES:
             add(f"--{stage}-epochs", POSITIVE, None, f"passes of stage {stage}")
+            add(f"--{stage}-batch-size", COUNT, None, f"examples per batch of stage {stage}")
             add(f"--{stage}-learning-rate", POSITIVE, None, f"peak rate of stage {stage}")
     add(
         "--warmup",
@@ -347,7 +348,7 @@ def add_training(parser: argparse.ArgumentParser, per_stage: bool = False) -> No
         help="sub-networks of a step: all (default); the largest, the smallest and some others; or "
         "these two and some whose widths differ from layer to layer",
     )
-    add("--drawn-subnets", NATURAL, 2, "how many of these others a step draws (default 2)")
+    add("--drawn-subnets", NATURAL, None, "how many of these others a step draws (default 2)")
     add(
         "--subnets-per-pass",
         COUNT,
@@ -384,9 +385,9 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
             "--recipe",
             choices=("paper", "small-batches"),
             default="paper",
-            help="training depths as published (default); or, for data with few steps an epoch, "
-            "in batches of 8 at twice the rate after a tenth of warm-up, with --hidden-target "
-            "output, where no option says otherwise",
+            help="training depths as published (default); or, for data with few steps an epoch, at "
+            "twice --learning-rate, and where no option says otherwise in batches of 8, with a "
+            "tenth of warm-up and --hidden-target output",
         )
         group.add_argument(
             "--teacher-width",
@@ -405,17 +406,15 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
 
 
 def training_options(args: argparse.Namespace, stage: str) -> TrainingOptions:
-    """The hyper-parameters of a stage: the options', where none is given those of the recipe."""
+    """The hyper-parameters of a stage: its own options, those of all stages, the recipe's."""
     from dynabert_fast.training import RECIPES, Schedule, TrainingOptions
 
-    def own(name: str) -> Any:
-        """What an option says of this stage alone; commands of one stage have no other."""
-        return getattr(args, f"{stage}_{name}", getattr(args, name))
-
-    epochs, rate = own("epochs"), own("learning_rate")
-    default = TrainingOptions(
-        learning_rate=args.learning_rate or TrainingOptions.learning_rate,
-        epochs=args.epochs if epochs is None else epochs,
+    drawn = args.drawn_subnets
+    if drawn is not None and args.schedule == "grid":
+        raise InputError("--drawn-subnets needs --schedule sandwich or random; grid trains all")
+    options = TrainingOptions(
+        learning_rate=args.learning_rate,
+        epochs=args.epochs,
         max_steps=args.max_steps,
         tokens_per_step=args.tokens_per_step,
         weight_decay=args.weight_decay,
@@ -424,22 +423,25 @@ def training_options(args: argparse.Namespace, stage: str) -> TrainingOptions:
         precision=args.precision,
         eval_batch_size=args.eval_batch_size,
         save_every=args.save_every,
-        schedule=Schedule(args.schedule, args.drawn_subnets),
+        schedule=Schedule(args.schedule, Schedule.count if drawn is None else drawn),
         subnets_per_pass=args.subnets_per_pass,
         checkpointing=args.checkpointing,
         seed=args.seed,
     )
     if stage == "depth":
-        default = RECIPES[args.recipe].training(default)
-    given = {"learning_rate": rate, "batch_size": args.batch_size, "warmup": args.warmup}
-    return dataclasses.replace(default, **{k: v for k, v in given.items() if v is not None})
+        options = RECIPES[args.recipe].training(options)
+    given = {"batch_size": args.batch_size, "warmup": args.warmup}
+    for name in ("epochs", "batch_size", "learning_rate"):
+        own = getattr(args, f"{stage}_{name}", None)
+        given |= {} if own is None else {name: own}
+    return dataclasses.replace(options, **{k: v for k, v in given.items() if v is not None})
 
 
 def stages_of(args: argparse.Namespace) -> dict[str, Stage]:
     """The stages with the grid and the distillation that the arguments ask for."""
     from dynabert_fast.training import RECIPES, stages
 
-    found = stages(args.widths, args.depths, RECIPES[getattr(args, "recipe", "paper")])
+    found = stages(args.widths, args.depths)
     for name in ("width", "depth"):
         recipe = found[name].recipe
         assert recipe is not None
@@ -447,9 +449,12 @@ def stages_of(args: argparse.Namespace) -> dict[str, Stage]:
         # Widths always learn from the full teacher: it was fine-tuned at that width alone.
         recipe = dataclasses.replace(recipe, logits=args.lambda_logits, hidden=hidden)
         if name == "depth" and hasattr(args, "teacher_width"):
-            recipe = dataclasses.replace(recipe, teacher_width=args.teacher_width)
-            if args.hidden_target is not None:
-                recipe = dataclasses.replace(recipe, hidden_target=args.hidden_target)
+            if args.hidden_target is not None and not hidden:
+                raise InputError("--hidden-target has nothing to choose with --lambda-hidden 0")
+            target = args.hidden_target or RECIPES[args.recipe].hidden_target
+            recipe = dataclasses.replace(
+                recipe, teacher_width=args.teacher_width, hidden_target=target
+            )
         found[name] = dataclasses.replace(found[name], recipe=recipe)
     return found
 

@@ -137,7 +137,6 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--augment-seed",
         type=shared.NATURAL,
-        default=0,
         metavar="N",
         help="of what is replaced by what (default 0)",
     )
@@ -145,17 +144,20 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
 
 def _augmentation(args: argparse.Namespace) -> Augmentation | None:
     """How to augment, if at all."""
-    if args.augment is None and args.augment_model is None:
-        return None
     if args.augment is None:
-        raise InputError("--augment-model needs --augment, the number of copies of each example")
+        for name in ("model", "seed"):
+            if getattr(args, f"augment_{name}") is not None:
+                raise InputError(
+                    f"--augment-{name} needs --augment, the number of copies of each example"
+                )
+        return None
     if args.augment_model is None:
         raise InputError(
             "--augment needs --augment-model, a masked language model (bert-base-uncased, say)"
         )
     from dynabert_fast.data.augmentation import Augmentation
 
-    return Augmentation(copies=args.augment, seed=args.augment_seed)
+    return Augmentation(copies=args.augment, seed=args.augment_seed or 0)
 
 
 def _fit(args: argparse.Namespace) -> None:
@@ -163,6 +165,9 @@ def _fit(args: argparse.Namespace) -> None:
     from dynabert_fast.files import new_folder
     from dynabert_fast.training.pipeline import FitOptions, check_options, fit, load_config
 
+    for name in ("epochs", "batch-size", "learning-rate"):
+        if vars(args)[f"final_{name.replace('-', '_')}"] is not None and not args.final:
+            raise InputError(f"--final-{name} needs --final, without which there is no such stage")
     options = FitOptions(
         stages=shared.stages_of(args),
         training={name: shared.training_options(args, name) for name in shared.STAGES},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -86,6 +87,14 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         if self._types is not None:
             item["token_type_ids"] = self._types[row].tolist()
         return item | {"attention_mask": [1] * self.lengths[index], "labels": self.labels[index]}
+
+    def digest(self) -> str:
+        """A short hash of all examples."""
+        parts = [self._starts, self._ids, *(() if self._types is None else [self._types])]
+        digest = hashlib.sha256(repr(list(self.labels)).encode())
+        for part in parts:
+            digest.update(part.tobytes())
+        return digest.hexdigest()[:16]
 
 
 class Collator:

@@ -37,7 +37,8 @@ class Distillation:
             that it goes to (the paper); `output`, the teacher's output of the layer that it comes
             from. The last one learns from the last. With `input`, the output of a layer that
             several depths share has a target for each depth: layer 0 of 6, at depths 1 and 0.5,
-            learns to be the input of layer 1 and that of layer 2. With `output` it has one.
+            learns to be the input of layer 1 and that of layer 2. With `output` it has one,
+            unless the layer is the last of one of them.
         width_exponent: A sub-network's loss counts `width ** width_exponent` times: 0 for all alike
             (the paper), negative for more weight on narrow ones. Explicit extents count once.
     """

@@ -38,6 +38,7 @@ from dynabert_fast.files import new_folder, whole_folder
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.rewiring import Accumulation, measure_importance, rewire
 from dynabert_fast.subnet import grid
+from dynabert_fast.training.settings import refuse_others
 from dynabert_fast.training.stages import Stage, StageData, TrainingOptions, run_stage, stages
 
 if TYPE_CHECKING:
@@ -317,7 +318,8 @@ def fit(
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     first = processes.is_main_process
     progress = progress and first
-    begun = not first or _begun(output, settings, resume)
+    default = _settings(source, data, FitOptions())
+    begun = not first or _begun(output, settings, default, resume)
     teacher, rewired = output / "teacher", output / "rewired"
     width, dynabert, final = output / "width", output / "dynabert", output / "final"
     encoded = stage_data(data, load_tokenizer(source), options.max_length)
@@ -431,7 +433,7 @@ def write_grid(grid: Grid, output: Path) -> None:
 
 def _settings(source: str | Path, data: TaskData, options: FitOptions) -> dict[str, Any]:
     """What a resumed run must have in common with the run that it resumes."""
-    settings = {
+    return {
         "model": str(source),
         "task": data.task.name,
         "metric": data.task.metric,
@@ -446,7 +448,6 @@ def _settings(source: str | Path, data: TaskData, options: FitOptions) -> dict[s
         "training": {name: asdict(values) for name, values in options.training.items()},
         "data": _digest(data),
     }
-    return json.loads(json.dumps(settings))
 
 
 def _digest(data: TaskData) -> str:
@@ -458,34 +459,14 @@ def _digest(data: TaskData) -> str:
     return digest.hexdigest()[:16]
 
 
-def _begun(output: Path, settings: dict[str, Any], resume: bool) -> bool:
+def _begun(output: Path, settings: dict[str, Any], default: dict[str, Any], resume: bool) -> bool:
     """Whether `output` holds a run to go on with; it is one of the same settings, or else new."""
     record = output / "fit.json"
     if not (resume and record.is_file()):
         new_folder(output)
         return False
-    try:
-        before = _flat(json.loads(record.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{record} cannot be read ({error}); choose another folder") from error
-    now = _flat(settings)
-    # The data last: a differing number of examples says more than a digest.
-    for key in sorted(now.keys() | before.keys(), key=lambda key: (key == "data", key)):
-        if before.get(key) != now.get(key):
-            raise InputError(
-                f"{output} was started with {key} {before.get(key)}, not {now.get(key)}; "
-                "resume with the settings of its fit.json, or choose another folder"
-            )
+    refuse_others(record, output, settings, default)
     return True
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names, such as `training.width.epochs`."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
 
 
 def _say(progress: bool, message: str) -> None:

@@ -14,24 +14,28 @@ decay, AdamW without weight decay, gradients clipped at 1.0.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dynabert_fast.data import Collator, EncodedDataset
 from dynabert_fast.errors import InputError
+from dynabert_fast.evaluation.grid import write_aside
 from dynabert_fast.files import find_damage, new_folder, whole_folder
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
 from dynabert_fast.training.losses import Distillation, HiddenTarget
 from dynabert_fast.training.schedules import Schedule
+from dynabert_fast.training.settings import refuse_others
 from dynabert_fast.training.trainer import (
     CHECKPOINTING,
     GRID_SUM,
@@ -82,7 +86,18 @@ class Recipe:
     hidden_target: HiddenTarget = "input"
 
     def training(self, options: TrainingOptions) -> TrainingOptions:
-        """The options of stage `depth`, given those of the other stages."""
+        """The options of stage `depth`, given those of the other stages.
+
+        Raises:
+            InputError: The recipe is a batch size, and a step is not a batch of so many examples.
+        """
+        other = {"tokens_per_step": None, "gradient_accumulation": 1}
+        given = [f"{k} {getattr(options, k)}" for k, v in other.items() if getattr(options, k) != v]
+        if self.batch_size is not None and given:
+            raise InputError(
+                f"the recipe is steps of {self.batch_size} examples; leave out "
+                + " and ".join(given)
+            )
         return replace(
             options,
             batch_size=self.batch_size or options.batch_size,
@@ -103,16 +118,20 @@ RECIPES = {
 def stages(
     widths: Sequence[float] = WIDTHS,
     depths: Sequence[float] = DEPTHS,
-    recipe: Recipe = RECIPES["paper"],
+    hidden_target: HiddenTarget = "input",
 ) -> dict[str, Stage]:
-    """The four stages by name, with the paper's losses, for a grid of widths and depths."""
+    """The four stages by name, for a grid of widths and depths.
+
+    Losses are the paper's, but for what hidden states learn from in stage `depth`, see
+    `Distillation`.
+    """
     widths, depths = tuple(widths), tuple(depths)
     # The fine-tuned teacher was never trained to be good at less than its full width.
     every_width = Distillation(hidden=0.1, teacher_width="full")
     return {
         "finetune": Stage("finetune", (1.0,), (1.0,), None),
         "width": Stage("width", widths, (1.0,), every_width),
-        "depth": Stage("depth", widths, depths, Distillation(hidden_target=recipe.hidden_target)),
+        "depth": Stage("depth", widths, depths, Distillation(hidden_target=hidden_target)),
         "final": Stage("final", widths, depths, None),
     }
 
@@ -184,8 +203,6 @@ class TrainingOptions:
 
     def arguments(self, output: Path, is_roberta: bool, progress: bool = True) -> TrainingArguments:
         """The Hugging Face training arguments."""
-        import torch
-
         warmup = self.warmup if self.warmup is not None else 0.06 if is_roberta else 0.0
         return TrainingArguments(
             output_dir=str(output),
@@ -270,8 +287,9 @@ def run_stage(
         progress: Show progress bars.
 
     Raises:
-        InputError: `output` or its checkpoints exist (without `resume`), all checkpoints are
-            damaged, or the teacher is missing or does not fit the student.
+        InputError: `output` or its checkpoints exist (without `resume`), the checkpoints are of a
+            run of other settings, data or teacher, all of them are damaged, or the teacher is
+            missing or does not fit the student.
         SaveError: A checkpoint could not be written.
         TrainingError: A loss is NaN or infinite; the batch is beside the checkpoints.
     """
@@ -286,6 +304,22 @@ def run_stage(
         return
     new_folder(output)
     last = _last_checkpoint(run, resume)
+    settings = {
+        "stage": asdict(stage),
+        "training": asdict(replace(options, save_every=0)),  # which may change
+        "metric": data.metric,
+        "train_examples": len(data.train),
+        "dev_examples": len(data.dev),
+        "data": [data.train.digest(), data.dev.digest()],
+        "teacher": None if teacher is None else _digest(teacher),
+    }
+    record = run / "settings.json"
+    if last is not None and record.is_file():
+        default = {
+            "stage": asdict(stages().get(stage.name, stage)),
+            "training": asdict(TrainingOptions()),
+        }
+        refuse_others(record, run, settings, default)
     trainer = ElasticTrainer(
         model=model,
         args=options.arguments(run, model.config.is_roberta, progress),
@@ -306,15 +340,24 @@ def run_stage(
     trainer.remove_callback(PrinterCallback)
     report = _Progress(stage.name) if progress else _Log(stage.name)
     trainer.add_callback(report)
-    if trainer.is_world_process_zero():
+    first = trainer.is_world_process_zero()
+    if first:
         print(f"{stage.name}: {_describe_memory(trainer)}", flush=True)
+
+    def write_settings() -> None:
+        if first:
+            write_aside(record, json.dumps(settings, indent=2) + "\n")
+
+    trainer.together(record, write_settings)
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:
         if isinstance(report, _Progress):
             report.close()
-        with contextlib.suppress(OSError):  # it holds checkpoints, as it should, or is not there
-            run.rmdir()
+        with contextlib.suppress(OSError):
+            if first and not checkpoints(run):
+                record.unlink()
+            run.rmdir()  # of no effect where it holds checkpoints, as it should
     for wrapper in ("forward", "_original_forward"):  # accelerate's autocast: of training only
         model.__dict__.pop(wrapper, None)
 
@@ -324,10 +367,19 @@ def run_stage(
             data.tokenizer.save_pretrained(aside)
         shutil.rmtree(run, ignore_errors=True)
 
-    if trainer.is_world_process_zero():
+    if first:
         trainer.together(output, save)
     else:
         trainer.together(output)
+
+
+def _digest(model: DynaBertForSequenceClassification) -> str:
+    """A short hash of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _describe_memory(trainer: ElasticTrainer) -> str:
@@ -346,11 +398,19 @@ def _describe_memory(trainer: ElasticTrainer) -> str:
 
 
 def check_teacher(recipe: Distillation, student: DynaBertConfig, teacher: DynaBertConfig) -> None:
-    """Refuse a teacher whose outputs cannot be compared with the student's.
+    """Refuse a teacher that cannot read the student's batches, or whose outputs cannot be compared.
 
     Raises:
-        InputError: Their labels differ, or hidden states are matched and their sizes differ.
+        InputError: Their families, vocabularies or labels differ, or hidden states are matched and
+            their sizes differ.
     """
+    for name in ("backbone", "vocab_size"):
+        values = getattr(teacher, name), getattr(student, name)
+        if values[0] != values[1]:
+            raise InputError(
+                f"the teacher's {name} is {values[0]}, the student's is {values[1]}; both read the "
+                "same tokens"
+            )
     if student.id2label != teacher.id2label:
         raise InputError(
             f"the teacher's labels are {list(teacher.id2label.values())}, the student's are "

@@ -64,7 +64,7 @@ class ElasticTrainer(Trainer):
 
     Args:
         model: The student.
-        args: Hugging Face training arguments, see `stages.training_arguments`.
+        args: Hugging Face training arguments, see `stages.TrainingOptions.arguments`.
         subnets: Sub-networks of every step, in order.
         train_dataset: Encoded examples.
         eval_dataset: Encoded examples with labels, for the grid.

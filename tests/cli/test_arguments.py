@@ -127,12 +127,15 @@ def test_a_step_is_of_examples_or_of_tokens(capsys):
 
 
 @pytest.mark.parametrize("stage", shared.STAGES)
-def test_a_stage_has_its_own_epochs_and_rate(stage):
-    args = parse("--epochs", "2", f"--{stage}-epochs", "5", f"--{stage}-learning-rate", "0.5")
+def test_a_stage_has_its_own_epochs_batches_and_rate(stage):
+    args = parse(
+        *("--epochs", "2", f"--{stage}-epochs", "5", f"--{stage}-learning-rate", "0.5"),
+        *("--batch-size", "7", f"--{stage}-batch-size", "3"),
+    )
     for name in shared.STAGES:
         options = shared.training_options(args, name)
-        want = (5.0, 0.5) if name == stage else (2.0, 2e-5)
-        assert (options.epochs, options.learning_rate) == want
+        want = (5.0, 0.5, 3) if name == stage else (2.0, 2e-5, 7)
+        assert (options.epochs, options.learning_rate, options.batch_size) == want
 
 
 def test_a_recipe_changes_the_stage_of_depths_alone():
@@ -150,7 +153,7 @@ def test_a_recipe_changes_the_stage_of_depths_alone():
     assert RECIPES["paper"] == Recipe()
 
 
-def test_options_stand_before_the_recipe():
+def test_options_of_the_stage_stand_before_those_of_all_and_these_before_the_recipe():
     args = parse(
         *"--recipe small-batches --batch-size 16 --warmup 0 --hidden-target input".split(),
         *"--learning-rate 0.25".split(),
@@ -159,15 +162,41 @@ def test_options_stand_before_the_recipe():
     # The rate is that of all stages, to which the recipe's is relative.
     assert (options.batch_size, options.warmup, options.learning_rate) == (16, 0.0, 0.5)
     assert shared.stages_of(args)["depth"].recipe.hidden_target == "input"
-    args = parse(*"--recipe small-batches --depth-learning-rate 0.125".split())
-    assert shared.training_options(args, "depth").learning_rate == 0.125
+    own = "--recipe small-batches --depth-learning-rate 0.125 --batch-size 64 --depth-batch-size 4"
+    options = shared.training_options(parse(*own.split()), "depth")
+    assert (options.learning_rate, options.batch_size) == (0.125, 4)
 
 
-def test_the_command_of_one_stage_takes_its_rate_as_it_is():
+def test_the_command_of_one_stage_trains_as_fit_does():
     words = "train-depth student --teacher teacher --output out --task rte --data-dir data".split()
-    for given, want in ((), 4e-5), (("--learning-rate", "0.5"), 0.5):
-        args = build_parser().parse_args([*words, "--recipe", "small-batches", *given])
-        assert shared.training_options(args, "depth").learning_rate == want
+    given = "--recipe small-batches --learning-rate 0.5".split()
+    args = build_parser().parse_args([*words, *given])
+    assert shared.training_options(args, "depth") == shared.training_options(parse(*given), "depth")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--recipe small-batches --tokens-per-step 512", "leave out tokens_per_step 512"),
+        ("--recipe small-batches --gradient-accumulation 4", "leave out gradient_accumulation 4"),
+        ("--drawn-subnets 3", "--drawn-subnets needs --schedule sandwich or random"),
+    ],
+)
+def test_options_that_contradict_each_other(words, message):
+    with pytest.raises(InputError, match=message):
+        shared.training_options(parse(*words.split()), "depth")
+
+
+def test_a_target_of_no_loss():
+    with pytest.raises(InputError, match="--hidden-target has nothing to choose"):
+        shared.stages_of(parse(*"--lambda-hidden 0 --hidden-target output".split()))
+
+
+def test_the_parser_knows_every_recipe():  # it does not import torch to ask
+    for recipe in RECIPES:
+        assert parse("--recipe", recipe).recipe == recipe
+    with pytest.raises(SystemExit):
+        parse("--recipe", "none")
 
 
 def test_distillation_options_reach_both_stages():

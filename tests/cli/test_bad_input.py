@@ -363,6 +363,19 @@ def test_latency(fails, program, command, message):
 
 
 @cases(
+    ("epochs", "--final-epochs 9", "--final-epochs needs --final"),
+    ("batches", "--final-batch-size 9", "--final-batch-size needs --final"),
+    ("rate", "--final-learning-rate 1", "--final-learning-rate needs --final"),
+    ("seed", "--augment-seed 0", "--augment-seed needs --augment"),
+    ("words", "--augment-model none", "--augment-model needs --augment"),
+    ("drawn", "--drawn-subnets 2", "--drawn-subnets needs --schedule"),
+    ("target", "--lambda-hidden 0 --hidden-target output", "--hidden-target has nothing to choose"),
+)
+def test_options_that_nothing_reads(fails, command, message):
+    assert message in fails(f"fit --model {{pretrained}} {UNREAD} --output {{out}} {command}")
+
+
+@cases(
     ("layers", "{deep}", "teacher's num_hidden_layers is 6, the student's is 4"),
     ("hidden size", "{wide}", "teacher's hidden_size is 32, the student's is 24"),
     ("more labels", "{three}", "teacher's labels are ['good', 'bad', 'ugly'], the student's are"),

@@ -119,7 +119,9 @@ def run(tmp_path):
 
 
 def names(folder):
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    """What is in a folder of checkpoints, beside the settings of their run."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return found - {"settings.json"}
 
 
 def folders(*steps):
@@ -475,7 +477,7 @@ def test_a_small_disk(go, run, tmp_path, monkeypatch, make_data, tenths):
     """A file system with room for so many tenths of a checkpoint: as far as it goes, whole."""
     with before_step(monkeypatch, 2, stop), pytest.raises(KeyboardInterrupt):
         go("sample")
-    (sample,) = (tmp_path / "sample.checkpoints").iterdir()
+    (sample,) = (tmp_path / "sample.checkpoints").glob("checkpoint-*")
     size = sum(-(-path.stat().st_size // 4096) * 4096 for path in sample.iterdir())
     run.mkdir()
     options = f"size={size * tenths // 10 // 4096 * 4096}"
@@ -486,7 +488,7 @@ def test_a_small_disk(go, run, tmp_path, monkeypatch, make_data, tenths):
             go()
         # One more than is kept must fit.
         assert names(run) == folders(*range(1, tenths // 10 + 1))
-        assert not any(find_damage(folder) for folder in run.iterdir())
+        assert not any(find_damage(folder) for folder in run.glob("checkpoint-*"))
     finally:
         subprocess.run(["umount", "--lazy", str(run)], check=True)
 

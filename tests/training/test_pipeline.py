@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -199,6 +201,23 @@ def test_other_settings_are_refused(fitted, encoder, make_task, changed, trainin
     task = make_task("many", train=16, dev=8)
     with pytest.raises(InputError, match=f"out was started with {message}; resume with"):
         fit(encoder, task, output, chosen, resume=True, progress=False)
+
+
+def test_a_record_without_a_newer_option_had_its_default(
+    fitted, encoder, make_task, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    shutil.copytree(fitted[0], output)
+    record = json.loads((output / "fit.json").read_text())
+    del record["stages"]["depth"]["recipe"]["hidden_target"]
+    (output / "fit.json").write_text(json.dumps(record))
+    task, chosen = make_task("many", train=16, dev=8), options(final=True)
+    fit(encoder, task, output, chosen, resume=True, progress=False)
+    depth = chosen.stages["depth"]
+    other = dataclasses.replace(depth.recipe, hidden_target="output")
+    changed = {**chosen.stages, "depth": dataclasses.replace(depth, recipe=other)}
+    with pytest.raises(InputError, match=r"depth\.recipe\.hidden_target input, not output"):
+        fit(encoder, task, output, dataclasses.replace(chosen, stages=changed), resume=True)
 
 
 def test_other_data_and_models_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import random
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from dynabert_fast.training import ElasticTrainer
+from dynabert_fast.training import RECIPES, Distillation, ElasticTrainer, TrainingOptions
 from dynabert_fast.training.schedules import Schedule
 
-NAME = "all-MiniLM-L6-v2"  # --model-name's default
+NAME = "encoder"  # the last part of --model
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -52,6 +53,36 @@ def test_first_one_seed_of_every_small_task_then_seeds_then_ablations_then_large
     assert [r.seed for r in ablations] == [1] * (n * changed) + [2] * (n * changed)
     assert all(r.task in quality.LARGE for r in runs[2 * n * (1 + changed) :])
     assert len(set(runs)) == len(runs) == len(quality.EPOCHS) * 2 * len(quality.RECIPES)
+
+
+def test_the_recipe_of_small_batches_is_the_packages(quality):
+    """What was measured is what `--recipe small-batches` trains."""
+    (depth,) = (
+        part.settings
+        for part in quality.Run("trec", 1, "small").parts("m")
+        if part.stage == "depth"
+    )
+    base = quality.TRAINING | {"seed": 1, "epochs": quality.EPOCHS["trec"]["depth"]}
+    names = {field.name for field in dataclasses.fields(TrainingOptions)}
+    measured = {k: v for k, v in depth["training"].items() if k in names}
+    assert TrainingOptions(**measured) == RECIPES["small-batches"].training(TrainingOptions(**base))
+    assert Distillation(**depth["distillation"]) == Distillation(
+        hidden_target=RECIPES["small-batches"].hidden_target
+    )
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "soon"])
+def test_a_time_limit_is_a_time(quality, limit):
+    with pytest.raises(SystemExit):
+        quality.main(["--report", "--time-limit", limit])
+
+
+def test_models_of_other_names_share_nothing(quality):
+    words = ["--data-dir", "d", "--work", "w", "--model"]
+    assert quality._arguments([*words, "some/encoder"]).model_name == "encoder"
+    assert quality._arguments([*words, "m", "--model-name", "n"]).model_name == "n"
+    ours, theirs = _folders(quality, "paper", model="a"), _folders(quality, "paper", model="b")
+    assert not set(ours) & set(theirs)
 
 
 def _folders(quality, recipe, task="rte", seed=1, model="m"):

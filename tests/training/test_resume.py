@@ -165,7 +165,8 @@ def found(output):
     """What there is of a run: its checkpoints, what is being saved, the output."""
     beside = {path.name for path in output.parent.iterdir()} - {"out.steps", "out.checkpoints"}
     run = Path(f"{output}.checkpoints")
-    return beside | {path.name for path in (run.iterdir() if run.is_dir() else ())}
+    within = {path.name for path in (run.iterdir() if run.is_dir() else ())}
+    return beside | (within - {"settings.json"})
 
 
 # Where a process is killed; the step that the next one begins with; which checkpoints it finds.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -17,6 +18,7 @@ from dynabert_fast.training import (
     ElasticTrainer,
     Stage,
     TrainingOptions,
+    check_teacher,
     run_stage,
     stages,
 )
@@ -231,6 +233,95 @@ def test_an_interrupted_run_needs_resume(interrupted, make_data, make_student, m
     assert names(interrupted.parent) == {"out"}
 
 
+@pytest.mark.parametrize(("name", "value"), [("backbone", "roberta"), ("vocab_size", 40)])
+def test_a_teacher_that_reads_other_tokens_is_refused(make_student, name, value):
+    student, teacher = make_student().config, make_student().config
+    check_teacher(Distillation(), student, teacher)
+    setattr(teacher, name, value)
+    with pytest.raises(InputError, match=f"the teacher's {name} is {value}, the student's is "):
+        check_teacher(Distillation(hidden=0.0), student, teacher)
+
+
+# What is other than in the run that is resumed.
+OTHERS = {
+    "batches": ({"batch_size": 2}, "training.batch_size 4, not 2"),
+    "rate": ({"learning_rate": 1e-3}, "training.learning_rate 2e-05, not 0.001"),
+    "epochs": ({"epochs": 3}, "training.epochs 2, not 3"),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), OTHERS.values(), ids=OTHERS.keys())
+def test_other_settings_are_refused(
+    interrupted, make_data, make_student, monkeypatch, changed, message
+):
+    options, taken = (
+        TrainingOptions(**{"batch_size": 4, "epochs": 2} | changed),
+        steps_of(monkeypatch),
+    )
+    with pytest.raises(InputError, match=rf"out\.checkpoints was started with {message}; resume"):
+        go("finetune", make_student(), make_data(), interrupted, options=options, resume=True)
+    assert taken == []
+
+
+def test_another_stage_and_other_data_are_refused(interrupted, make_data, make_student):
+    options = TrainingOptions(batch_size=4, epochs=2)
+    again = {"options": options, "resume": True}
+    with pytest.raises(InputError, match=r"was started with stage\.depths \[1\.0\], not"):
+        go("final", make_student(), make_data(), interrupted, **again)
+    with pytest.raises(InputError, match="was started with train_examples 12, not 11"):
+        go("finetune", make_student(), make_data(train=11), interrupted, **again)
+    other = make_data()
+    other.train.labels[0] = 1 - other.train.labels[0]
+    with pytest.raises(InputError, match=r"was started with data \["):
+        go("finetune", make_student(), other, interrupted, **again)
+
+
+def test_another_teacher_is_refused(make_data, make_student, tmp_path, monkeypatch):
+    def go_on(teacher, **more):
+        go("width", make_student(), make_data(), tmp_path / "out", teacher=teacher, **more)
+
+    step = ElasticTrainer.training_step
+
+    def stops(self, *args):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    options = TrainingOptions(batch_size=4, epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ElasticTrainer, "training_step", stops)
+        with pytest.raises(KeyboardInterrupt):
+            go_on(make_student(seed=1), options=options)
+    with pytest.raises(InputError, match="was started with teacher"):
+        go_on(make_student(seed=2), options=options, resume=True)
+    go_on(make_student(seed=1), options=options, resume=True)
+
+
+def test_a_record_without_a_newer_option_had_its_default(interrupted, make_data, make_student):
+    record = interrupted.with_name("out.checkpoints") / "settings.json"
+    settings = json.loads(record.read_text())
+    del settings["training"]["max_grad_norm"]
+    record.write_text(json.dumps(settings))
+    options = TrainingOptions(batch_size=4, epochs=2)
+    arguments = ("finetune", make_student(), make_data(), interrupted)
+    with pytest.raises(InputError, match=r"with training\.max_grad_norm 1\.0, not 2\.0"):
+        go(*arguments, options=replace(options, max_grad_norm=2.0), resume=True)
+    go(*arguments, options=options, resume=True)
+    assert names(interrupted.parent) == {"out"}
+
+
+def test_a_run_without_checkpoints_leaves_no_settings(
+    make_data, make_student, tmp_path, monkeypatch
+):
+    def stops(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ElasticTrainer, "training_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        go("finetune", make_student(), make_data(), tmp_path / "out")
+    assert names(tmp_path) == set()
+
+
 def test_deleting_the_checkpoints_starts_over(interrupted, make_data, make_student, monkeypatch):
     shutil.rmtree(f"{interrupted}.checkpoints")
     options, taken = TrainingOptions(batch_size=4, epochs=2), steps_of(monkeypatch)
@@ -267,7 +358,7 @@ def test_a_full_disk_ends_a_run_that_can_go_on(make_data, make_student, tmp_path
         patch.setattr(torch, "save", refuse)
         with pytest.raises(SaveError, match=r"checkpoint-6.*what was saved before is intact"):
             go("finetune", make_student(), make_data(), tmp_path / "out", options=options)
-    assert names(tmp_path / "out.checkpoints") == {"checkpoint-3"}
+    assert names(tmp_path / "out.checkpoints") == {"checkpoint-3", "settings.json"}
     taken = steps_of(monkeypatch)
     go("finetune", make_student(), make_data(), tmp_path / "out", options=options, resume=True)
     assert taken == [4, 5, 6]

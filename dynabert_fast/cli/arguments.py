@@ -183,7 +183,7 @@ def load_data(args: argparse.Namespace, only_dev: bool = False) -> TaskData:
         else:
             data = load_files(train_file, args.dev_file, **own)
     for note in data.notes:
-        print(note)
+        say(note)
     return data
 
 
@@ -471,7 +471,7 @@ def done_before(args: argparse.Namespace) -> bool:
     from dynabert_fast.files import new_folder
 
     if args.resume and (args.output / "config.json").is_file():
-        print(f"done before: {args.output}")
+        say(f"done before: {args.output}")
         return True
     new_folder(args.output)
     return False
@@ -488,6 +488,17 @@ def add_latency(parser: argparse.ArgumentParser) -> None:
         ("rounds", 20, "timed passes of each sub-network (default 20)"),
     ):
         group.add_argument(f"--latency-{name}", type=COUNT, default=default, metavar="N", help=text)
+
+
+def is_first() -> bool:
+    """Whether this is the only process, or the first of torchrun's."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print a line, once for all processes."""
+    if is_first():
+        print(text)
 
 
 def quiet_libraries() -> None:

@@ -181,7 +181,7 @@ def _fit(args: argparse.Namespace) -> None:
         latency_rounds=args.latency_rounds,
     )
     check_options(load_config(args.model), options)
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes: it makes the folder
+    first = shared.is_first()
     if first and not args.resume:
         new_folder(args.output)
     grid = fit(args.model, shared.load_data(args), args.output, options, args.resume)
@@ -199,7 +199,7 @@ def _finetune(args: argparse.Namespace) -> None:
         return
     data, encoded = shared.prepare(args, args.model, new_head=True)
     finetune(args.model, data, encoded, args.output, options, args.resume)
-    print(f"saved: {args.output}")
+    shared.say(f"saved: {args.output}")
 
 
 def _rewire(args: argparse.Namespace) -> None:
@@ -216,7 +216,7 @@ def _rewire(args: argparse.Namespace) -> None:
     _, encoded = shared.prepare(args, args.checkpoint, only_dev=True)
     rewire_checkpoint(args.checkpoint, encoded, args.output, args.accumulation, args.batch_size)
     _show(args.output)
-    print(f"saved: {args.output}")
+    shared.say(f"saved: {args.output}")
 
 
 def _show(checkpoint: str | Path) -> None:
@@ -256,4 +256,4 @@ def _train(stage: str, args: argparse.Namespace) -> None:
     model = load_model(args.checkpoint)
     teacher = load_model(args.teacher) if distils else None
     run_stage(found, model, encoded, args.output, options, teacher, args.resume)
-    print(f"saved: {args.output}")
+    shared.say(f"saved: {args.output}")

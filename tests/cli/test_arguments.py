@@ -326,3 +326,15 @@ def test_libraries_are_quiet_but_downloads_show(monkeypatch):
     assert not logging.is_progress_bar_enabled()
     assert not are_progress_bars_disabled()
     assert os.environ["TQDM_MININTERVAL"] == "10"  # standard error is not a terminal here
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "out"), [(None, "saved\n"), ("0", "saved\n"), ("1", "")])
+def test_one_process_speaks(monkeypatch, capsys, rank, out):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    shared.say("saved")
+    assert capsys.readouterr().out == out

@@ -162,11 +162,11 @@ def whole(run, tmp_path_factory):
 
 
 def found(output):
-    """What there is of a run: its checkpoints, what is being saved, the output."""
+    """What there is of a run beside its settings: checkpoints, what is being saved, the output."""
     beside = {path.name for path in output.parent.iterdir()} - {"out.steps", "out.checkpoints"}
     run = Path(f"{output}.checkpoints")
     within = {path.name for path in (run.iterdir() if run.is_dir() else ())}
-    return beside | (within - {"settings.json"})
+    return beside | {name for name in within if "settings.json" not in name}
 
 
 # Where a process is killed; the step that the next one begins with; which checkpoints it finds.
@@ -174,7 +174,8 @@ KILLS = {
     "in the first step": (("pass", 2), 1, set()),
     "in a step": (("pass", PASSES * 3 + 2), 3, {"checkpoint-2"}),
     "in the second epoch": (("step", 10), 9, {"checkpoint-6", "checkpoint-8"}),
-    "while weights are written": (("flush", 1), 1, {".checkpoint-2.saving"}),
+    "while settings are written": (("flush", 1), 1, set()),
+    "while weights are written": (("flush", 2), 1, {".checkpoint-2.saving"}),
     "half through a file": (("half a file", 6), 3, {"checkpoint-2", ".checkpoint-4.saving"}),
     "before a checkpoint has its name": (
         ("rename", 2),

@@ -341,6 +341,28 @@ def test_the_page(report, tmp_path):
     assert "| `labels` | by labels | −4.8 | −4.8 |" in lines
 
 
+def test_the_page_has_the_drops_of_the_best_recipe(report, tmp_path):
+    def run(recipe, seed, cells):
+        return _record(recipe, seed, 0.62, cells, cells)
+
+    # By pairs of one seed `best` gains 1 and `other` loses 1, though its only seed is the better.
+    runs = [run("paper", 1, 0.5), run("paper", 2, 0.6), run("best", 1, 0.51), run("other", 2, 0.59)]
+    task = {"task": "rte", "metric": "accuracy", "model": "m", "train_examples": 4}
+    task |= {"dev_examples": 2, "runs": runs}
+    (tmp_path / "rte.json").write_text(json.dumps(task))
+    titles = {"paper": "main", "other": "worse", "best": "better"}
+    report.write(tmp_path, titles, "paper", tmp_path / "page.md")
+    lines = (tmp_path / "page.md").read_text().splitlines()
+    (head,) = (line for line in lines if line.startswith("| drop by "))
+    assert head.startswith("| drop by `best`, seeds 1, here (paper): width \\ depth |")
+    # 62 - 51; the paper's 71.1 - 72.2, 71.1 - 71.8 and 71.1 - 66.1
+    assert lines[lines.index(head) + 2] == "| 1 | 11.0 (−1.1) | 11.0 (−0.7) | 11.0 (5.0) |"
+    task["runs"] = [runs[0], runs[1], runs[3]]
+    (tmp_path / "rte.json").write_text(json.dumps(task))
+    report.write(tmp_path, titles, "paper", tmp_path / "page.md")
+    assert "drop by" not in (tmp_path / "page.md").read_text()
+
+
 def test_the_page_without_results(report, tmp_path):
     (tmp_path / "rte.json").write_text(json.dumps({"task": "rte", "grids": {}}))  # the older form
     report.write(tmp_path, {"paper": "main"}, "paper", tmp_path / "page.md")

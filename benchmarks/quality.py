@@ -48,6 +48,7 @@ from dynabert_fast.training.pipeline import (
     stage_data,
 )
 from dynabert_fast.training.schedules import Schedule
+from dynabert_fast.training.stages import RECIPES as PACKAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
@@ -117,6 +118,14 @@ def _both(changes: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any] | No
     return {"width": changes, "depth": changes}
 
 
+# The package's recipe, at this page's rate.
+_SMALL = {
+    "batch_size": PACKAGE["small-batches"].batch_size,
+    "learning_rate": PACKAGE["small-batches"].rate * TRAINING["learning_rate"],
+    "warmup": PACKAGE["small-batches"].warmup,
+}
+_OUTPUTS = {"depth": {"hidden_target": PACKAGE["small-batches"].hidden_target}}
+
 MAIN = "paper"
 RECIPES: dict[str, Recipe] = {
     MAIN: Recipe("the paper's recipe"),
@@ -142,17 +151,17 @@ RECIPES: dict[str, Recipe] = {
     "small": Recipe(
         "stage `depth` in batches of 8 at twice the rate, with warm-up; "
         "hidden states learn from outputs",
-        distillation={"depth": {"hidden_target": "output"}},
-        training={"depth": {"batch_size": 8, "learning_rate": 2e-4, "warmup": 0.1}},
+        distillation=_OUTPUTS,
+        training={"depth": _SMALL},
     ),
     "small-input": Recipe(
         "the same, but hidden states learn from inputs, as the paper's",
-        training={"depth": {"batch_size": 8, "learning_rate": 2e-4, "warmup": 0.1}},
+        training={"depth": _SMALL},
     ),
     "small-longer": Recipe(
         "`small`, and twice the epochs",
-        distillation={"depth": {"hidden_target": "output"}},
-        training={"depth": {"batch_size": 8, "learning_rate": 2e-4, "warmup": 0.1}},
+        distillation=_OUTPUTS,
+        training={"depth": _SMALL},
         epochs=2.0,
     ),
     "longer": Recipe("twice the epochs", epochs=2.0),

@@ -433,6 +433,11 @@ def training_options(args: argparse.Namespace, stage: str) -> TrainingOptions:
     given = {"batch_size": args.batch_size, "warmup": args.warmup}
     for name in ("epochs", "batch_size", "learning_rate"):
         own = getattr(args, f"{stage}_{name}", None)
+        if own is not None and name == "batch_size" and args.tokens_per_step is not None:
+            raise InputError(
+                f"--{stage}-batch-size {own} goes with steps of examples, not of tokens: leave it "
+                f"out, or --tokens-per-step {args.tokens_per_step}"
+            )
         given |= {} if own is None else {name: own}
     return dataclasses.replace(options, **{k: v for k, v in given.items() if v is not None})
 

@@ -318,8 +318,7 @@ def fit(
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     first = processes.is_main_process
     progress = progress and first
-    default = _settings(source, data, FitOptions())
-    begun = not first or _begun(output, settings, default, resume)
+    begun = not first or _begun(output, settings, resume)
     teacher, rewired = output / "teacher", output / "rewired"
     width, dynabert, final = output / "width", output / "dynabert", output / "final"
     encoded = stage_data(data, load_tokenizer(source), options.max_length)
@@ -439,6 +438,14 @@ def _settings(source: str | Path, data: TaskData, options: FitOptions) -> dict[s
         "metric": data.task.metric,
         "train_examples": len(data.train),
         "dev_examples": len(data.dev),
+        "data": _digest(data),
+        **_choices(options),
+    }
+
+
+def _choices(options: FitOptions) -> dict[str, Any]:
+    """The part of the settings that is not the data's."""
+    return {
         "max_length": options.max_length,
         "rewiring": options.rewiring,
         "final": options.final,
@@ -446,7 +453,6 @@ def _settings(source: str | Path, data: TaskData, options: FitOptions) -> dict[s
         and {**asdict(options.augmentation), "model": str(options.masked_lm)},
         "stages": {name: asdict(stage) for name, stage in options.stages.items()},
         "training": {name: asdict(values) for name, values in options.training.items()},
-        "data": _digest(data),
     }
 
 
@@ -459,13 +465,13 @@ def _digest(data: TaskData) -> str:
     return digest.hexdigest()[:16]
 
 
-def _begun(output: Path, settings: dict[str, Any], default: dict[str, Any], resume: bool) -> bool:
+def _begun(output: Path, settings: dict[str, Any], resume: bool) -> bool:
     """Whether `output` holds a run to go on with; it is one of the same settings, or else new."""
     record = output / "fit.json"
     if not (resume and record.is_file()):
         new_folder(output)
         return False
-    refuse_others(record, output, settings, default)
+    refuse_others(record, output, settings, _choices(FitOptions()))
     return True
 
 

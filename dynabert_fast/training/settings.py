@@ -9,11 +9,6 @@ from typing import Any
 from dynabert_fast.errors import InputError
 
 
-def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """As a file of JSON gives them back."""
-    return json.loads(json.dumps(settings))
-
-
 def refuse_others(file: Path, run: Path, settings: dict[str, Any], default: dict[str, Any]) -> None:
     """Refuse to go on with a run of other settings.
 
@@ -30,7 +25,8 @@ def refuse_others(file: Path, run: Path, settings: dict[str, Any], default: dict
         before = _flat(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{file} cannot be read ({error}); choose another folder") from error
-    now, usual = _flat(plain(settings)), _flat(plain(default))
+    # As a file of JSON gives them back.
+    now, usual = (_flat(json.loads(json.dumps(given))) for given in (settings, default))
     # The data last: a differing number of examples says more than a digest.
     for key in sorted(now.keys() | before.keys(), key=lambda key: (key == "data", key)):
         then = before[key] if key in before else usual.get(key)

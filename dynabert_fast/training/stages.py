@@ -108,7 +108,7 @@ class Recipe:
 
 #: By name. `small-batches` is for data of which an epoch has some hundred steps (docs/quality.md):
 #: what sub-networks of less depth lack there is steps, and as all sub-networks are one pass, a
-#: batch of 8 examples is hundreds of rows of a layer, and costs little more than its share.
+#: batch of 8 examples still is thousands of rows of a layer.
 RECIPES = {
     "paper": Recipe(),
     "small-batches": Recipe(batch_size=8, rate=2.0, warmup=0.1, hidden_target="output"),
@@ -362,15 +362,14 @@ def run_stage(
         model.__dict__.pop(wrapper, None)
 
     def save() -> None:
+        if not first:
+            return
         with whole_folder(output) as aside:
             model.save_pretrained(aside)
             data.tokenizer.save_pretrained(aside)
         shutil.rmtree(run, ignore_errors=True)
 
-    if first:
-        trainer.together(output, save)
-    else:
-        trainer.together(output)
+    trainer.together(output, save)
 
 
 def _digest(model: DynaBertForSequenceClassification) -> str:
@@ -404,27 +403,24 @@ def check_teacher(recipe: Distillation, student: DynaBertConfig, teacher: DynaBe
         InputError: Their families, vocabularies or labels differ, or hidden states are matched and
             their sizes differ.
     """
-    for name in ("backbone", "vocab_size"):
+    equal = dict.fromkeys(("backbone", "vocab_size"), "both read the same tokens")
+    if recipe.hidden:
+        sizes = (
+            "hidden states can be matched between equal sizes only: set the weight of hidden "
+            "states to 0"
+        )
+        equal |= dict.fromkeys(("num_hidden_layers", "hidden_size"), sizes)
+    for name, reason in equal.items():
         values = getattr(teacher, name), getattr(student, name)
         if values[0] != values[1]:
             raise InputError(
-                f"the teacher's {name} is {values[0]}, the student's is {values[1]}; both read the "
-                "same tokens"
+                f"the teacher's {name} is {values[0]}, the student's is {values[1]}; {reason}"
             )
     if student.id2label != teacher.id2label:
         raise InputError(
             f"the teacher's labels are {list(teacher.id2label.values())}, the student's are "
             f"{list(student.id2label.values())}; they must be the same, in the same order"
         )
-    if not recipe.hidden:
-        return
-    for name in ("num_hidden_layers", "hidden_size"):
-        sizes = getattr(teacher, name), getattr(student, name)
-        if sizes[0] != sizes[1]:
-            raise InputError(
-                f"the teacher's {name} is {sizes[0]}, the student's is {sizes[1]}; hidden states "
-                "can be matched between equal sizes only: set the weight of hidden states to 0"
-            )
 
 
 def _last_checkpoint(run: Path, resume: bool) -> Path | None:

@@ -179,6 +179,7 @@ def test_the_command_of_one_stage_trains_as_fit_does():
     [
         ("--recipe small-batches --tokens-per-step 512", "leave out tokens_per_step 512"),
         ("--recipe small-batches --gradient-accumulation 4", "leave out gradient_accumulation 4"),
+        ("--tokens-per-step 64 --depth-batch-size 4", "--depth-batch-size 4 goes with steps of"),
         ("--drawn-subnets 3", "--drawn-subnets needs --schedule sandwich or random"),
     ],
 )

@@ -94,7 +94,7 @@ class Recipe:
         stages: What is trained, in order, after the teacher.
         distillation: Changes of `DISTILLATION` by stage; `None` learns from labels.
         training: Changes of `TrainingOptions` by stage.
-        epochs: Times the task's epochs of these stages.
+        epochs: Times the task's epochs, by stage; default 1.
     """
 
     title: str
@@ -102,7 +102,7 @@ class Recipe:
     stages: tuple[str, ...] = ("width", "depth")
     distillation: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    epochs: float = 1.0
+    epochs: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def unsupported(self) -> list[str]:
@@ -114,7 +114,7 @@ class Recipe:
         return sorted({name for given in changes for name in given or ()} - names)
 
 
-def _both(changes: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any] | None]:
+def _both(changes: Any) -> dict[str, Any]:
     return {"width": changes, "depth": changes}
 
 
@@ -146,7 +146,7 @@ RECIPES: dict[str, Recipe] = {
     "rate-longer": Recipe(
         "the same, and twice the epochs",
         training={"depth": {"learning_rate": 3e-4, "warmup": 0.1}},
-        epochs=2.0,
+        epochs=_both(2.0),
     ),
     "small": Recipe(
         "stage `depth` in batches of 8 at twice the rate, with warm-up; "
@@ -159,17 +159,17 @@ RECIPES: dict[str, Recipe] = {
         training={"depth": _SMALL},
     ),
     "small-longer": Recipe(
-        "`small`, and twice the epochs",
+        "`small`, with stage `depth` four times as long",
         distillation=_OUTPUTS,
         training={"depth": _SMALL},
-        epochs=2.0,
+        epochs={"depth": 4.0},
     ),
-    "longer": Recipe("twice the epochs", epochs=2.0),
+    "longer": Recipe("twice the epochs", epochs=_both(2.0)),
     "direct": Recipe(
         "straight to the grid, no stage `width`, twice the epochs",
         stages=("depth",),
         distillation={"depth": {"teacher_width": "full"}},
-        epochs=2.0,
+        epochs={"depth": 2.0},
     ),
     "narrow": Recipe("losses weighted by 1 / width", distillation=_both({"width_exponent": -1.0})),
     "final": Recipe("and final fine-tuning on labels", stages=("width", "depth", "final")),
@@ -221,7 +221,7 @@ class Run:
         for stage in recipe.stages:
             loss, changes = DISTILLATION[stage], recipe.distillation.get(stage, {})
             distilled = None if loss is None or changes is None else {**loss, **changes}
-            training = {**base, "epochs": epochs[stage] * recipe.epochs}
+            training = {**base, "epochs": epochs[stage] * recipe.epochs.get(stage, 1.0)}
             training |= recipe.training.get(stage, {})
             settings = {"training": training, "distillation": distilled}
             part = Part(stage, settings, found[-1], taught_by if distilled else None)

@@ -24,7 +24,7 @@ COMMA := ,
 define ctest
 $(BIN)/cmake -S csrc -B build/$1 -G Ninja -DCMAKE_MAKE_PROGRAM='$(abspath $(BIN)/ninja)' -DDYNABERT_TESTS=ON $2
 $(BIN)/ninja -C build/$1
-$(BIN)/ctest --test-dir build/$1 --output-on-failure --no-tests=error
+$(BIN)/ctest --test-dir build/$1 --output-on-failure --no-tests=error --parallel 2
 endef
 
 native-test: $(VENV)/.dev  ## Run the C++ tests: plain, and with the sanitizers

@@ -61,7 +61,7 @@ EPOCHS: dict[str, dict[str, float]] = {
     "trec": {"finetune": 3, "width": 1, "depth": 2, "final": 1},
     "cola": {"finetune": 3, "width": 1, "depth": 2, "final": 1},
     "stsb": {"finetune": 3, "width": 1, "depth": 1, "final": 1},
-    "rte": {"finetune": 5, "width": 1, "depth": 1, "final": 1},
+    "rte": {"finetune": 5, "width": 1, "depth": 2, "final": 1},
     "sst2": {"finetune": 2, "width": 1, "depth": 1, "final": 1},
 }
 
@@ -72,6 +72,15 @@ LARGE = ("sst2",)
 #: clipped at 1. Its rate of 2e-5 is for BERT-base and some ten times as many steps.
 TRAINING = {"learning_rate": 1e-4, "batch_size": 32, "precision": "bf16"}
 MAX_LENGTH = 128
+
+#: Of a task's teacher alone.
+TEACHER: dict[str, dict[str, Any]] = {
+    "rte": {"learning_rate": 5e-5, "batch_size": 16, "warmup": 0.1},
+}
+
+#: Teachers that start from another task's: 2,490 pairs alone do not teach this encoder, made for
+#: single sentences, to compare two. (RoBERTa's teachers of RTE start from MNLI, also of STS-B.)
+START = {"rte": "stsb"}
 
 #: Steps between checkpoints: what a killed run loses at most, one or two minutes of it.
 SAVE_EVERY = 50
@@ -181,7 +190,7 @@ class Part:
     """One folder of weights: how it is made, and from which others.
 
     Attributes:
-        stage: `finetune`, `rewire` or a stage of training.
+        stage: `start` (another task's teacher), `finetune`, `rewire` or a stage of training.
         settings: What decides its weights beside its parents, JSON.
         student: Whose weights it starts with; `None`: the pretrained encoder's.
         teacher: Whom it learns from; `None`: labels.
@@ -209,12 +218,17 @@ class Run:
     recipe: str
 
     def parts(self, model_name: str) -> list[Part]:
-        """Everything to make, in order: teacher, rewired, stages."""
+        """Everything to make, in order: what the teacher starts from, teacher, rewired, stages."""
         recipe, epochs = RECIPES[self.recipe], EPOCHS[self.task]
         base = TRAINING | {"seed": self.seed, "max_length": MAX_LENGTH}
-        encoder = {"task": self.task, "model": model_name}
-        teacher = Part("finetune", {**encoder, **base, "epochs": float(epochs["finetune"])})
-        found = [teacher]
+
+        def taught(task: str) -> dict[str, Any]:
+            training = base | TEACHER.get(task, {}) | {"epochs": float(EPOCHS[task]["finetune"])}
+            return {"task": task, "model": model_name, **training}
+
+        start = Part("start", taught(START[self.task])) if self.task in START else None
+        teacher = Part("finetune", taught(self.task), start)
+        found = [start, teacher] if start else [teacher]
         if recipe.sort:
             found.append(Part("rewire", {"accumulation": "per_batch"}, teacher))
         taught_by = teacher
@@ -264,6 +278,12 @@ class Session:
         self.work = Path(args.work) / task
         self.file = Path(args.results) / f"{task}.json"
 
+    def _task(self, task: str) -> tuple[TaskData, StageData]:
+        if task == self.task:
+            return self.data, self.encoded
+        data = load_glue(task, self.args.data_dir)
+        return data, stage_data(data, load_tokenizer(self.args.model), MAX_LENGTH)
+
     @cached_property
     def data(self) -> TaskData:
         return load_glue(self.task, self.args.data_dir)
@@ -309,9 +329,10 @@ class Session:
                 assert part.student is not None
                 student = self.work / part.student.folder
                 rewire_checkpoint(student, self.encoded, folder, progress=False)
-            elif part.stage == "finetune":
-                options = _options(part.settings)
-                finetune(self.args.model, self.data, self.encoded, folder, options, True, False)
+            elif part.stage in ("start", "finetune"):
+                source = self.work / part.student.folder if part.student else self.args.model
+                data, encoded = self._task(part.settings["task"])
+                finetune(source, data, encoded, folder, _options(part.settings), True, False)
             else:
                 self._train(part, folder)
         finally:  # of an interrupted stage too: its next session adds its own
@@ -336,7 +357,8 @@ class Session:
 
     def _evaluate(self, run: Run, parts: list[Part]) -> dict[str, Any]:
         start = time.perf_counter()
-        teacher, model = self._load(parts[0]), self._load(parts[-1])
+        made = {part.stage: part for part in parts}
+        teacher, model = self._load(made["finetune"]), self._load(parts[-1])
         cells = grid(model.config, WIDTHS, DEPTHS)
         record: dict[str, Any] = {
             "recipe": run.recipe,
@@ -346,7 +368,7 @@ class Session:
             "cells": self._scores(model, cells),
         }
         if run.recipe == MAIN:
-            sorted_, widths = self._load(parts[1]), self._load(parts[2])
+            sorted_, widths = self._load(made["rewire"]), self._load(made["width"])
             record["baselines"] = {
                 "sliced": self._scores(teacher, cells),
                 "rewired and sliced": self._scores(sorted_, cells),
@@ -387,7 +409,8 @@ class Session:
         """Delete this seed's folders that no missing run starts from; teachers stay."""
         runs = {recipe: Run(self.task, seed, recipe) for recipe in RECIPES}
         all_parts = {r: run.parts(self.args.model_name) for r, run in runs.items()}
-        needed = {parts[0].folder for parts in all_parts.values()}
+        teachers = ("start", "finetune")
+        needed = {p.folder for parts in all_parts.values() for p in parts if p.stage in teachers}
         for recipe, parts in all_parts.items():
             if self.missing(runs[recipe]):
                 needed |= {part.folder for part in parts}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dynabert_fast.training import RECIPES, Distillation, ElasticTrainer, TrainingOptions
 from dynabert_fast.training.schedules import Schedule
@@ -85,7 +86,7 @@ def test_models_of_other_names_share_nothing(quality):
     assert not set(ours) & set(theirs)
 
 
-def _folders(quality, recipe, task="rte", seed=1, model="m"):
+def _folders(quality, recipe, task="stsb", seed=1, model="m"):
     return [part.folder for part in quality.Run(task, seed, recipe).parts(model)]
 
 
@@ -98,17 +99,17 @@ def test_recipes_share_what_they_have_in_common_and_nothing_else(quality, monkey
     every = [_folders(quality, recipe)[-1] for recipe in quality.RECIPES]
     assert len(set(every)) == len(every)
     others = [
-        _folders(quality, "paper", *of) for of in (("rte", 2), ("cola", 1), ("rte", 1, "other"))
+        _folders(quality, "paper", *of) for of in (("stsb", 2), ("cola", 1), ("stsb", 1, "other"))
     ]
     assert len({teacher, *(folders[0] for folders in others)}) == 4
-    monkeypatch.setitem(quality.EPOCHS["rte"], "width", 9)
+    monkeypatch.setitem(quality.EPOCHS["stsb"], "width", 9)
     assert _folders(quality, "paper")[:2] == [teacher, rewired]
     assert not {width, depth} & set(_folders(quality, "paper"))
 
 
 def test_teachers_and_losses_of_each_recipe(quality):
     def last(recipe):
-        return quality.Run("rte", 1, recipe).parts("m")[-1]
+        return quality.Run("stsb", 1, recipe).parts("m")[-1]
 
     assert last("paper").teacher.stage == "width"
     assert last("direct").teacher.stage == "finetune"
@@ -116,8 +117,8 @@ def test_teachers_and_losses_of_each_recipe(quality):
     assert last("labels").teacher is None
     assert last("labels").settings["distillation"] is None
     assert last("logits").settings["distillation"]["hidden"] == 0
-    assert last("longer").settings["training"]["epochs"] == 2 * quality.EPOCHS["rte"]["depth"]
-    unsorted = [part.stage for part in quality.Run("rte", 1, "unsorted").parts("m")]
+    assert last("longer").settings["training"]["epochs"] == 2 * quality.EPOCHS["stsb"]["depth"]
+    unsorted = [part.stage for part in quality.Run("stsb", 1, "unsorted").parts("m")]
     assert unsorted == ["finetune", "width", "depth"]
 
 
@@ -250,6 +251,25 @@ def test_the_sandwich_trains_four_sub_networks_a_step(command, monkeypatch):
     assert [len(subnets) for subnets in chosen][-6:] == [4] * 6
     ends = {tuple(str(subnet) for subnet in subnets[:2]) for subnets in chosen[-6:]}
     assert ends == {("w1.00-d1.00", "w0.25-d0.50")}
+
+
+def test_a_teacher_that_starts_from_another_tasks(command, quality, monkeypatch, tmp_path):
+    monkeypatch.setitem(quality.START, "trec", "cola")
+    monkeypatch.setitem(quality.TEACHER, "trec", {"learning_rate": 1e-9})
+    (tmp_path / "CoLA").mkdir()
+    for name in ("train", "dev"):
+        rows = (f"x\t{i % 2}\t*\tthe film was good {'not' * (i % 2)}" for i in range(24))
+        (tmp_path / "CoLA" / f"{name}.tsv").write_text("\n".join(rows) + "\n")
+    (record,) = command("--seeds=1", "--recipes=paper")
+    start, teacher = quality.Run("trec", 1, "paper").parts(NAME)[:2]
+    assert (start.settings["task"], teacher.settings["task"]) == ("cola", "trec")
+    assert (start.settings["learning_rate"], teacher.settings["learning_rate"]) == (1e-4, 1e-9)
+    encoders = []
+    for part in (start, teacher):
+        weights = load_file(tmp_path / "work/trec" / part.folder / "model.safetensors")
+        encoders.append({k: v for k, v in weights.items() if not k.startswith("classifier")})
+    torch.testing.assert_close(*encoders, rtol=0, atol=1e-6)
+    assert set(record["seconds"]) >= {"start", "finetune"}
 
 
 def test_a_run_that_diverges_does_not_stop_the_others(command, quality, monkeypatch, capsys):

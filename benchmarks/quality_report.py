@@ -280,11 +280,25 @@ def _settings(run: Record) -> str:
         for stage, settings in run["settings"].items()
         if stage != "rewire"
     }
-    base = stages["finetune"]
-    epochs = ", ".join(f"{_stage(stage)} {s['epochs']:g}" for stage, s in stages.items())
+    teacher, *others = (stages[name] for name in stages if name != "start")
+    base = others[0] if others else teacher
+    epochs = ", ".join(
+        f"{_stage(name)} {s['epochs']:g}" for name, s in stages.items() if name != "start"
+    )
+    text = f"Epochs: {epochs}; {_steps(base)}, at most {base['max_length']} tokens, "
+    text += f"{base['precision']}."
+    if _steps(teacher) != _steps(base):
+        text += f" The teacher: {_steps(teacher)}."
+    if "start" in stages:
+        text += f" It starts from a teacher of {TITLES[stages['start']['task']]}."
+    return text
+
+
+def _steps(settings: Mapping[str, Any]) -> str:
+    warmup = settings.get("warmup", 0)
     return (
-        f"Epochs: {epochs}; rate {base['learning_rate']:g}, batch {base['batch_size']}, at most "
-        f"{base['max_length']} tokens, {base['precision']}."
+        f"rate {settings['learning_rate']:g}{f' with {warmup:.0%} of warm-up' if warmup else ''}, "
+        f"batch {settings['batch_size']}"
     )
 
 

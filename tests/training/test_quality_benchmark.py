@@ -361,6 +361,20 @@ def test_the_page(report, tmp_path):
     assert "| `labels` | by labels | −4.8 | −4.8 |" in lines
 
 
+def test_the_page_says_how_a_teacher_was_made_that_is_not_like_the_rest(report):
+    record = _record("paper", 1, 0.6, 0.5, 0.5)
+    alike = "Epochs: teacher 1, depths 1; rate 0.0001, batch 32, at most 128 tokens, bf16."
+    assert report._settings(record) == alike
+    training = record["settings"]["finetune"]
+    own = {**training, "task": "rte", "learning_rate": 5e-5, "batch_size": 16, "warmup": 0.1}
+    start = {"start": {**training, "task": "stsb"}, "finetune": own}
+    record["settings"] = {**start, "depth": record["settings"]["depth"]}
+    assert report._settings(record) == (
+        f"{alike} The teacher: rate 5e-05 with 10% of warm-up, batch 16. "
+        "It starts from a teacher of STS-B."
+    )
+
+
 def test_the_page_has_the_drops_of_the_best_recipe(report, tmp_path):
     def run(recipe, seed, cells):
         return _record(recipe, seed, 0.62, cells, cells)

@@ -70,7 +70,7 @@ LARGE = ("sst2",)
 
 #: Of every stage. The rest is the paper's: linear decay without warm-up, no weight decay, gradients
 #: clipped at 1. Its rate of 2e-5 is for BERT-base and some ten times as many steps.
-TRAINING = {"learning_rate": 1e-4, "batch_size": 32, "precision": "bf16"}
+TRAINING: dict[str, Any] = {"learning_rate": 1e-4, "batch_size": 32, "precision": "bf16"}
 MAX_LENGTH = 128
 
 #: Of a task's teacher alone.
@@ -129,7 +129,7 @@ def _both(changes: Any) -> dict[str, Any]:
 
 # The package's recipe, at this page's rate.
 _SMALL = {
-    "batch_size": PACKAGE["small-batches"].batch_size,
+    "batch_size": TRAINING["batch_size"] // PACKAGE["small-batches"].steps,
     "learning_rate": PACKAGE["small-batches"].rate * TRAINING["learning_rate"],
     "warmup": PACKAGE["small-batches"].warmup,
 }

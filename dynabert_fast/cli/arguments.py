@@ -385,9 +385,9 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
             "--recipe",
             choices=("paper", "small-batches"),
             default="paper",
-            help="training depths as published (default); or, for data with few steps an epoch, at "
-            "twice --learning-rate, and where no option says otherwise in batches of 8, with a "
-            "tenth of warm-up and --hidden-target output",
+            help="training depths as published (default); or, for data with few steps an epoch, in "
+            "batches a quarter as large at twice the rate, with a tenth of warm-up and "
+            "--hidden-target output",
         )
         group.add_argument(
             "--teacher-width",
@@ -406,7 +406,7 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
 
 
 def training_options(args: argparse.Namespace, stage: str) -> TrainingOptions:
-    """The hyper-parameters of a stage: its own options, those of all stages, the recipe's."""
+    """The hyper-parameters of a stage: its own options, or those of all stages and the recipe."""
     from dynabert_fast.training import RECIPES, Schedule, TrainingOptions
 
     drawn = args.drawn_subnets
@@ -414,6 +414,7 @@ def training_options(args: argparse.Namespace, stage: str) -> TrainingOptions:
         raise InputError("--drawn-subnets needs --schedule sandwich or random; grid trains all")
     options = TrainingOptions(
         learning_rate=args.learning_rate,
+        batch_size=TrainingOptions.batch_size if args.batch_size is None else args.batch_size,
         epochs=args.epochs,
         max_steps=args.max_steps,
         tokens_per_step=args.tokens_per_step,
@@ -430,7 +431,7 @@ def training_options(args: argparse.Namespace, stage: str) -> TrainingOptions:
     )
     if stage == "depth":
         options = RECIPES[args.recipe].training(options)
-    given = {"batch_size": args.batch_size, "warmup": args.warmup}
+    given = {"warmup": args.warmup}
     for name in ("epochs", "batch_size", "learning_rate"):
         own = getattr(args, f"{stage}_{name}", None)
         if own is not None and name == "batch_size" and args.tokens_per_step is not None:

@@ -74,33 +74,25 @@ class Recipe:
     """How stage `depth` is trained; all else is the paper's in every recipe.
 
     Attributes:
-        batch_size: Examples per batch and process; `None` as in the other stages.
+        steps: Times the steps of an epoch: batches (of examples or of tokens) are so many times
+            smaller than in the other stages.
         rate: Times the learning rate of the other stages.
         warmup: Share of the steps with a rising rate; `None` as in the other stages.
         hidden_target: See `Distillation`.
     """
 
-    batch_size: int | None = None
+    steps: int = 1
     rate: float = 1.0
     warmup: float | None = None
     hidden_target: HiddenTarget = "input"
 
     def training(self, options: TrainingOptions) -> TrainingOptions:
-        """The options of stage `depth`, given those of the other stages.
-
-        Raises:
-            InputError: The recipe is a batch size, and a step is not a batch of so many examples.
-        """
-        other = {"tokens_per_step": None, "gradient_accumulation": 1}
-        given = [f"{k} {getattr(options, k)}" for k, v in other.items() if getattr(options, k) != v]
-        if self.batch_size is not None and given:
-            raise InputError(
-                f"the recipe is steps of {self.batch_size} examples; leave out "
-                + " and ".join(given)
-            )
+        """The options of stage `depth`, given those of the other stages."""
+        tokens = options.tokens_per_step
         return replace(
             options,
-            batch_size=self.batch_size or options.batch_size,
+            batch_size=max(1, options.batch_size // self.steps),
+            tokens_per_step=None if tokens is None else max(1, tokens // self.steps),
             learning_rate=self.rate * options.learning_rate,
             warmup=options.warmup if self.warmup is None else self.warmup,
         )
@@ -111,7 +103,7 @@ class Recipe:
 #: batch of 8 examples still is thousands of rows of a layer.
 RECIPES = {
     "paper": Recipe(),
-    "small-batches": Recipe(batch_size=8, rate=2.0, warmup=0.1, hidden_target="output"),
+    "small-batches": Recipe(steps=4, rate=2.0, warmup=0.1, hidden_target="output"),
 }
 
 

@@ -153,18 +153,26 @@ def test_a_recipe_changes_the_stage_of_depths_alone():
     assert RECIPES["paper"] == Recipe()
 
 
-def test_options_of_the_stage_stand_before_those_of_all_and_these_before_the_recipe():
+def test_a_recipe_is_relative_to_the_options_of_all_stages_and_yields_to_the_rest():
     args = parse(
         *"--recipe small-batches --batch-size 16 --warmup 0 --hidden-target input".split(),
-        *"--learning-rate 0.25".split(),
+        *"--learning-rate 0.25 --gradient-accumulation 3".split(),
     )
     options = shared.training_options(args, "depth")
-    # The rate is that of all stages, to which the recipe's is relative.
-    assert (options.batch_size, options.warmup, options.learning_rate) == (16, 0.0, 0.5)
+    assert (options.batch_size, options.warmup, options.learning_rate) == (4, 0.0, 0.5)
+    assert options.gradient_accumulation == 3
     assert shared.stages_of(args)["depth"].recipe.hidden_target == "input"
     own = "--recipe small-batches --depth-learning-rate 0.125 --batch-size 64 --depth-batch-size 4"
     options = shared.training_options(parse(*own.split()), "depth")
     assert (options.learning_rate, options.batch_size) == (0.125, 4)
+    options = shared.training_options(
+        parse(*"--recipe small-batches --tokens-per-step 514".split()), "depth"
+    )
+    assert options.tokens_per_step == 128
+    options = shared.training_options(
+        parse(*"--recipe small-batches --batch-size 3".split()), "depth"
+    )
+    assert options.batch_size == 1
 
 
 def test_the_command_of_one_stage_trains_as_fit_does():
@@ -177,8 +185,6 @@ def test_the_command_of_one_stage_trains_as_fit_does():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--recipe small-batches --tokens-per-step 512", "leave out tokens_per_step 512"),
-        ("--recipe small-batches --gradient-accumulation 4", "leave out gradient_accumulation 4"),
         ("--tokens-per-step 64 --depth-batch-size 4", "--depth-batch-size 4 goes with steps of"),
         ("--drawn-subnets 3", "--drawn-subnets needs --schedule sandwich or random"),
     ],

@@ -25,6 +25,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         SaveError: Writing failed (a full disk, say); what was at `target` before is untouched.
     """
+    target = Path(os.path.abspath(target))  # "." has no name
     aside = target.with_name(f".{target.name}.saving")
     try:
         shutil.rmtree(aside, ignore_errors=True)

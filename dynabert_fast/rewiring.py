@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -107,9 +108,14 @@ class Rewiring:
         ]
         shares = zip(stored, self.head_importance, self.neuron_importance, strict=True)
         for layer, (order, heads, neurons) in enumerate(shares):
-            kept = (
-                f"{_share(heads, w):4.0%} heads {_share(neurons, w):4.0%} neurons" for w in widths
-            )
+            one = SimpleNamespace(layer_heads=[len(heads)], layer_neurons=[len(neurons)])
+            kept = []
+            for width in widths:
+                subnet = Subnet.from_multipliers(one, width)
+                kept.append(
+                    f"{_share(heads, subnet.heads[0]):4.0%} heads "
+                    f"{_share(neurons, subnet.neurons[0]):4.0%} neurons"
+                )
             lines.append("  ".join([f"{layer:5d}", f"{order:<{wide}}", *kept]))
         return "\n".join(line.rstrip() for line in lines)
 
@@ -117,12 +123,10 @@ class Rewiring:
 _TENSORS = ("head_importance", "neuron_importance", "head_order", "neuron_order")
 
 
-def _share(importance: Tensor, width: float) -> float:
-    """Share of the summed importance in the largest `width` of the entries."""
+def _share(importance: Tensor, count: int) -> float:
+    """Share of the summed importance in the `count` largest entries."""
     ordered = importance.double().sort(descending=True).values
-    return float(
-        ordered[: max(1, round(width * len(ordered)))].sum() / ordered.sum().clamp(min=1e-30)
-    )
+    return float(ordered[:count].sum() / ordered.sum().clamp(min=1e-30))
 
 
 def measure_importance(
@@ -157,7 +161,7 @@ def measure_importance(
     layers = model.dynabert.encoder.layer
     watched = [p for layer in layers for p in _watched(layer)]
     required = {p: p.requires_grad for p in model.parameters()}
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     heads = [torch.zeros(h, device=model.device) for h in model.config.layer_heads]
     neurons = [torch.zeros(n, device=model.device) for n in model.config.layer_neurons]
     count = 0
@@ -186,7 +190,8 @@ def measure_importance(
     finally:
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     if count == 0:
         raise InputError("importance needs at least one labelled batch, got none")
     return Rewiring(
@@ -217,7 +222,7 @@ def _add_importance(
                 add(neurons[i], *pairs[1], *pairs[2])
                 add(neurons[i], *pairs[3])
                 continue
-            out, up, up_bias, down = ((p * g).float() for p, g in pairs)
+            out, up, up_bias, down = (p.float() * g.float() for p, g in pairs)
             heads[i] += out.view(len(heads[i]), -1).sum(-1).abs()
             neurons[i] += (up.sum(-1) + up_bias).abs() + down.sum(-1).abs()
 

@@ -7,6 +7,7 @@ sub-network are all this one frozen value.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,18 @@ class Subnet:
     neurons: tuple[int, ...]
     width: float | None = field(default=None, compare=False)
     depth: float | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        """Lists and numpy's integers become tuples of int: equal sub-networks are one key."""
+        for name in ("layers", "heads", "neurons"):
+            given = getattr(self, name)
+            try:
+                values = tuple(map(operator.index, given))
+            except TypeError:
+                raise InputError(
+                    f"{name} of a sub-network must be a sequence of integers, got {given!r}"
+                ) from None
+            object.__setattr__(self, name, values)
 
     @classmethod
     def from_multipliers(

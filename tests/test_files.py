@@ -64,6 +64,15 @@ def test_a_whole_folder_appears(target):
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_a_folder_that_is_named_by_a_dot(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with whole_folder(Path()) as aside:
+        assert aside.parent == tmp_path
+        (aside / "new").write_text("x")
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["new"]
+
+
 def test_what_killed_processes_left_is_cleared(target):
     for name in (".target.saving", ".target.old"):
         fill(target.parent / name, "torn", ("torn.txt",))

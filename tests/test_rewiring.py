@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from dynabert_fast import ops
 from dynabert_fast.errors import InputError
@@ -182,8 +185,8 @@ def test_measuring_leaves_the_model_as_it_was(make_model, batches):
     model.classifier.requires_grad_(False)
     model.dynabert.encoder.layer[0].ffn.up.weight.requires_grad_(False)
     model(**batches[0]).loss.backward()
-    model.dynabert.pooler.eval()
     model.train()
+    model.dynabert.pooler.eval()
 
     def state():
         return {
@@ -194,6 +197,7 @@ def test_measuring_leaves_the_model_as_it_was(make_model, batches):
     before = state()
     measure(model, batches)
     assert model.training
+    assert not model.dynabert.pooler.training
     for name, (requires_grad, grad, value) in state().items():
         assert requires_grad == before[name][0], name
         assert torch.equal(value, before[name][2]), name
@@ -343,6 +347,28 @@ def test_saving_over_a_rewired_checkpoint_leaves_no_stale_record(make_model, bat
     assert DynaBertForSequenceClassification.from_pretrained(tmp_path).rewiring is None
 
 
+def test_views_share_the_record(make_model, batches, tmp_path):
+    model = make_model()
+    view = model.at(Subnet.from_multipliers(model.config, 0.5))
+    rewire(model, measure(model, batches))
+    assert view.rewiring is model.rewiring is not None
+    view.save_pretrained(tmp_path)
+    assert (tmp_path / FILE_NAME).is_file()
+    assert make_model().rewiring is None
+
+
+def test_the_record_is_there_before_anything_is_sent(make_model, batches, tmp_path, monkeypatch):
+    model, seen = make_model(), []
+    rewire(model, measure(model, batches))
+
+    def save(self, folder, **kwargs):
+        seen.extend(path.name for path in Path(folder).iterdir())
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    model.save_pretrained(tmp_path / "new")
+    assert seen == [FILE_NAME]
+
+
 def test_numbers_are_those_before_the_first_rewiring(make_model, batches):
     model = make_model(dtype=torch.float64)
     original = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -394,6 +420,17 @@ def test_description_names_every_layer_and_its_heads(make_model, batches):
         assert row.split()[: HEADS + 1] == [str(layer), *map(str, heads)]
         share = importance.head_importance[layer].sort(descending=True).values
         assert f"{float(share[:2].sum() / share.sum()):.0%}" in row
+
+
+def test_description_counts_as_sub_networks_do(make_model, batches):
+    model = make_model()
+    importance = measure(model, batches)
+    kept = importance.describe(widths=(0.4,)).splitlines()[-1]
+    subnet = Subnet.from_multipliers(model.config, 0.4)
+    neurons = importance.neuron_importance[-1].sort(descending=True).values
+    count = subnet.neurons[-1]
+    assert count != round(0.4 * len(neurons)), "heads round, and neurons follow"
+    assert f"{float(neurons[:count].sum() / neurons.sum()):4.0%} neurons" in kept
 
 
 # --- errors ---------------------------------------------------------------------------------------

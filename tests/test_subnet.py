@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, dataclass
 
+import numpy as np
 import pytest
 
 from dynabert_fast.errors import InputError
@@ -112,6 +113,16 @@ def test_equal_extents_are_equal_and_hash_alike_whatever_built_them():
 def test_is_frozen():
     with pytest.raises(FrozenInstanceError):
         Subnet.full(BERT).width = 0.5
+
+
+def test_integers_of_any_kind_are_one_key():
+    plain = Subnet((0, 1), (2, 3), (4, 5))
+    for given in (np.arange, lambda a, b: list(range(a, b))):
+        assert Subnet(given(0, 2), given(2, 4), given(4, 6)) == plain
+        assert hash(Subnet(given(0, 2), given(2, 4), given(4, 6))) == hash(plain)
+    for bad in ([1.0], 1, ["1"], None):
+        with pytest.raises(InputError, match="heads of a sub-network must be a sequence of int"):
+            Subnet((0,), bad, (1,))
 
 
 def test_lists_become_tuples():

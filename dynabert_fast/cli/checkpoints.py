@@ -100,7 +100,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dynabert_fast.evaluation import PackedModel, evaluate_grid
     from dynabert_fast.files import old_or_new_folder
     from dynabert_fast.subnet import Subnet, grid
-    from dynabert_fast.training.pipeline import check_length, load_config, load_model, write_grid
+    from dynabert_fast.training.pipeline import (
+        check_length,
+        device,
+        load_config,
+        load_model,
+        write_grid,
+    )
 
     if args.output:
         old_or_new_folder(args.output)
@@ -113,7 +119,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     data, encoded = shared.prepare(args, args.checkpoint, only_dev=True)
     model = load_model(args.checkpoint)
     result = evaluate_grid(
-        PackedModel(model, args.engine) if args.engine else model,
+        PackedModel(model, args.engine) if args.engine else model.to(device()),
         encoded.dev,
         encoded.collator,
         subnets,
@@ -149,7 +155,8 @@ def _export(args: argparse.Namespace) -> None:
         part.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         # What was written must compute the same bits as the slice that it was taken from.
-        ids = torch.arange(16).remainder(model.config.vocab_size).view(2, 8)
+        length = min(8, model.config.max_tokens)
+        ids = torch.arange(2 * length).remainder(model.config.vocab_size).view(2, length)
         with torch.inference_mode():
             exported = load_model(aside).eval()(input_ids=ids).logits
             sliced = model(input_ids=ids, subnet=subnet).logits

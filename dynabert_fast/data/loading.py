@@ -17,6 +17,9 @@ from dynabert_fast.errors import InputError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
+# Of a CSV file; the csv module's own limit is 131,072 characters.
+_LONGEST_FIELD = (1 << 31) - 1
+
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 # Half of a UTF-16 pair, which JSON can spell but no tokenizer can read.
@@ -304,6 +307,7 @@ def _trec_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(_LONGEST_FIELD)
     # strict: an unclosed quotation mark is an error, not a field that swallows all that follows.
     reader = csv.reader(_lines(path), strict=True)
     start = 1
@@ -374,8 +378,10 @@ def _fields(record: dict[str, Any], wanted: Sequence[str], where: str) -> list[s
     for column, text in zip(wanted, texts, strict=False):
         if not isinstance(text, str) or _SURROGATE.search(text):
             raise InputError(f"{where}: column {column!r} must be text, got {_show(text)}")
-    if not isinstance(label, str | int | float):
-        raise InputError(f"{where}: label {_show(label)} must be a string or a number")
+    if not isinstance(label, str | int | float) or label in (math.inf, -math.inf) or label != label:
+        raise InputError(f"{where}: label {_show(label)} must be a string or a finite number")
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)  # 1 and 1.0 are one number
     return [*texts, str(label)]
 
 

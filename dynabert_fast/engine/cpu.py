@@ -91,6 +91,7 @@ class CpuEngine:
         packed: Its packed bytes, `[n]` uint8 aligned to 64; kept, not copied.
         threads: Threads of a call; default all that the process may use.
         isa: Instruction set, one of `isas()`; default `DYNABERT_FAST_ISA`, else the best.
+        subnet: What a call without one runs; default the whole model. `save` does not keep it.
 
     Raises:
         InputError: The bytes do not fit the shape, or the processor has no such instruction set.
@@ -102,6 +103,7 @@ class CpuEngine:
         packed: np.ndarray,
         threads: int | None = None,
         isa: str | None = None,
+        subnet: Subnet | None = None,
     ) -> None:
         _cpu = native_module()
         if threads is None:
@@ -119,7 +121,7 @@ class CpuEngine:
         except ValueError as error:
             raise InputError(str(error)) from None
         self._subnets: dict[Subnet, int] = {}
-        self._full = Subnet.full(config)
+        self._default = subnet or Subnet.full(config)
 
     def __repr__(self) -> str:
         return (
@@ -169,7 +171,7 @@ class CpuEngine:
             attention_mask: `[B, S]`, non-zero at real tokens; default all real.
             token_type_ids: `[B, S]`; default 0.
             position_ids: `[B, S]`; default the family's rule.
-            subnet: One sub-network, or one for each sequence; default the whole model.
+            subnet: One sub-network, or one for each sequence; default the engine's.
             output_hidden_states: Also return all hidden states; all sequences must keep as many
                 layers.
             lengths: `[B]` real tokens at the start of each row, instead of a mask.
@@ -244,7 +246,7 @@ class CpuEngine:
     ) -> tuple[np.ndarray, set[int]]:
         """The number of each sequence's sub-network, and how many layers they keep."""
         if subnet is None:
-            subnet = self._full
+            subnet = self._default
         if isinstance(subnet, Subnet):
             return np.full(batch, self._number(subnet), np.int32), {len(subnet.layers)}
         given: list[Any] = list(subnet) if isinstance(subnet, list | tuple) else [subnet]

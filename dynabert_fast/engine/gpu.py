@@ -8,6 +8,7 @@ bucket. A batch of several sub-networks is one pass over the staircase, kernel b
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections import OrderedDict
@@ -192,7 +193,8 @@ class GpuEngine:
         if alike and len(chosen) == ids.shape[0]:
             chosen = chosen[0]
         # What lives longer than the call must not be an inference tensor, whoever calls.
-        with self._turn, torch.inference_mode(False), torch.no_grad():
+        here = torch.cuda.device(self._device) if self._on_gpu else contextlib.nullcontext()
+        with self._turn, here, torch.inference_mode(False), torch.no_grad():
             if isinstance(chosen, list) or output_hidden_states or not ids.numel():
                 output = self._plain(ids, mask, types, positions, chosen, output_hidden_states)
             else:
@@ -369,7 +371,8 @@ class _Graph:
                 compute()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # What other threads ask of the device meanwhile is no part of the graph.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._results = compute()
 
     def __call__(self) -> _Results:

@@ -56,14 +56,17 @@ _EMBEDDINGS = (
     ("embeddings.LayerNorm.bias", "embeddings.norm.bias"),
 )
 _QKV = ("query", "key", "value")
+_THEIRS = re.compile(
+    r"_embeddings\.weight$|\.LayerNorm\.|\.attention\.self\.|\.(intermediate|output)\.dense\."
+)
 _LAYER = re.compile(r"(encoder\.layer\.\d+\.)(.+)")
 # Pre-training heads and index buffers, which a sequence model has no use for.
 _UNUSED = re.compile(r"(cls|lm_head|qa_outputs)\.|(.*\.)?embeddings\.position_ids$")
 
 
 def is_huggingface(state: Mapping[str, Tensor]) -> bool:
-    """Whether the names are Hugging Face's."""
-    return any(".attention.self.query." in f".{name}" for name in state)
+    """Whether the names are Hugging Face's, and not ours."""
+    return any(_THEIRS.search(f".{name}") for name in state)
 
 
 def from_huggingface(state: Mapping[str, Tensor], config: DynaBertConfig, with_head: bool) -> State:
@@ -168,11 +171,12 @@ def to_huggingface(state: Mapping[str, Tensor], config: DynaBertConfig) -> State
     return converted
 
 
-def read_checkpoint(source: str, **hub: Any) -> State:
+def read_checkpoint(source: str, variant: str | None = None, **hub: Any) -> State:
     """All tensors of a checkpoint folder or hub id: safetensors or PyTorch files, sharded or not.
 
     Args:
         source: Folder or hub id.
+        variant: Of the files' names: `model.<variant>.safetensors`.
         **hub: `cache_dir`, `revision`, `token`, `local_files_only`, ... of `cached_file`.
 
     Raises:
@@ -182,14 +186,20 @@ def read_checkpoint(source: str, **hub: Any) -> State:
         (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
         (WEIGHTS_NAME, WEIGHTS_INDEX_NAME),
     ):
-        if path := _find(source, single, hub):
+        if path := _find(source, _variant(single, variant), hub):
             return _read_tensors(Path(path))
-        if path := _find(source, index, hub):
+        if path := _find(source, _variant(index, variant), hub):
             return _read_shards(source, Path(path), hub)
+    names = (_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME))
     raise InputError(
-        f"{source} holds no weights; allowed are {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, "
-        "whole or sharded"
+        f"{source} holds no weights; allowed are {' or '.join(names)}, whole or sharded"
     )
+
+
+def _variant(name: str, variant: str | None) -> str:
+    """A file's name with the variant before its ending, as `save_pretrained` writes it."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def _find(source: str, name: str, hub: dict[str, Any]) -> str | None:

@@ -256,14 +256,22 @@ class DynaBertPreTrainedModel(PreTrainedModel):
 
     _has_head = True
 
-    #: Importance and permutation that the weights were rewired with, `None` before rewiring.
-    rewiring: Rewiring | None = None
     #: The sub-network that a call without `subnet` runs: set on the views that `at` makes.
     _default_subnet: Subnet | None = None
 
     def __init__(self, config: DynaBertConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._known_subnets: set[Subnet] = set()
+        self._record: dict[str, Rewiring | None] = {}  # one of the model and all its views
+
+    @property
+    def rewiring(self) -> Rewiring | None:
+        """Importance and permutation that the weights were rewired with, `None` before rewiring."""
+        return self._record.get("rewiring")
+
+    @rewiring.setter
+    def rewiring(self, value: Rewiring | None) -> None:
+        self._record["rewiring"] = value
 
     def at(self, subnet: Subnet) -> Self:
         """A light view of this model that runs `subnet` by default and shares every weight.
@@ -337,7 +345,8 @@ class DynaBertPreTrainedModel(PreTrainedModel):
     ) -> CpuEngine | GpuEngine:
         """An engine with this model's function, for the device that the model is on.
 
-        It is called like the model, and runs every sub-network from one copy of the weights. On a
+        It is called like the model (of a view: with its sub-network where none is given, which a
+        saved file does not keep), and runs every sub-network from one copy of the weights. On a
         CPU that is a packed copy, without torch inside; on a GPU calls are CUDA graphs.
 
         Args:
@@ -366,7 +375,7 @@ class DynaBertPreTrainedModel(PreTrainedModel):
             return tensor.detach().float().cpu().numpy()
 
         config = PackedConfig.of(self.config, dtype or "int8", labels)
-        return CpuEngine(config, pack(config, weight), threads, isa)
+        return CpuEngine(config, pack(config, weight), threads, isa, self._default_subnet)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -403,13 +412,15 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         source = str(pretrained_model_name_or_path)
         hub = {key: kwargs.pop(key) for key in _HUB_KEYS if key in kwargs}
         loader = {key: kwargs.pop(key) for key in _LOADER_KEYS if key in kwargs}
+        state, variant = kwargs.pop("state_dict", None), kwargs.pop("variant", None)
         if not isinstance(config, DynaBertConfig):
             read, kwargs = DynaBertConfig.from_pretrained(
                 config or source, return_unused_kwargs=True, **hub, **kwargs
             )
             assert isinstance(read, DynaBertConfig)
             config = read
-        state = read_checkpoint(source, **hub)
+        if state is None:
+            state = read_checkpoint(source, variant, **hub)
         if is_huggingface(state):
             state = from_huggingface(state, config, cls._has_head)
         loaded = super().from_pretrained(
@@ -428,18 +439,32 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         Importance and permutation, if the model was rewired, are saved beside the weights.
         """
         state = to_huggingface(state_dict or self.state_dict(), self.config)
-        super().save_pretrained(save_directory, state_dict=state, **kwargs)
-        if kwargs.get("is_main_process", True):
+        folder = Path(save_directory)
+        if kwargs.get("is_main_process", True) and not folder.is_file():
+            # First, as `push_to_hub` sends what is in the folder.
+            folder.mkdir(parents=True, exist_ok=True)
             if self.rewiring is not None:
-                self.rewiring.save(save_directory)
+                self.rewiring.save(folder)
             else:  # another model's record may lie there
-                (Path(save_directory) / REWIRING_FILE).unlink(missing_ok=True)
+                (folder / REWIRING_FILE).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, state_dict=state, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As in torch; also takes what `save_pretrained` wrote (Trainer resumes that way)."""
+        """As in torch; also takes what `save_pretrained` wrote (Trainer resumes that way).
+
+        Raises:
+            InputError: It is a part of what `save_pretrained` wrote, such as one of its shards.
+        """
         if is_huggingface(state_dict):
+            queries = sum(name.endswith(".attention.self.query.weight") for name in state_dict)
+            if queries < self.config.num_hidden_layers:
+                raise InputError(
+                    f"a state dict of {queries} of {self.config.num_hidden_layers} layers, under "
+                    "Hugging Face's names: a shard cannot be loaded by itself; merge the shards, "
+                    "or load their folder by from_pretrained"
+                )
             state_dict = from_huggingface(state_dict, self.config, self._has_head)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
@@ -590,6 +615,8 @@ class DynaBertModel(DynaBertPreTrainedModel):
         ):
             if ids is None:
                 continue
+            if ids.dtype not in (torch.int32, torch.int64):
+                raise InputError(f"{name} must be int32 or int64, got {ids.dtype}; use .long()")
             if ids.shape != input_ids.shape:
                 raise InputError(f"{name} must be {list(input_ids.shape)}, got {list(ids.shape)}")
             # On a GPU this check would synchronise; there an id out of range is a device assertion.

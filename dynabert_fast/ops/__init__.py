@@ -76,9 +76,10 @@ def expand(
     Raises:
         InputError: Shapes, types, extents, rows or the activation do not fit.
     """
-    extents, rows = _blocks(extent, rows, x.shape[0], weight.shape[0])
     _check(
-        x.shape[-1] == weight.shape[1] and bias.shape[0] == weight.shape[0],
+        x.dim() == weight.dim() == 2
+        and x.shape[1] == weight.shape[1]
+        and bias.shape == weight.shape[:1],
         "expand needs x [T, D], weight [K, D] and bias [K], got {}, {}, {}",
         x,
         weight,
@@ -86,6 +87,7 @@ def expand(
     )
     if activation not in ACTIVATIONS:
         raise InputError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    extents, rows = _blocks(extent, rows, x.shape[0], weight.shape[0])
     x, weight, bias = _autocast(x, weight, bias)
     _check_types("expand", x, weight, bias)
     keep_pre = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
@@ -114,14 +116,11 @@ def contract(
     Raises:
         InputError: Shapes, types, extents or rows do not fit.
     """
+    shapes = "contract needs x [T, >= extent], weight_t [K, D] and bias [D], got {}, {}, {}"
+    fits = x.dim() == weight_t.dim() == 2 and bias.shape == weight_t.shape[1:]
+    _check(fits, shapes, x, weight_t, bias)
     extents, rows = _blocks(extent, rows, x.shape[0], weight_t.shape[0])
-    _check(
-        x.shape[-1] >= max(extents) and bias.shape[0] == weight_t.shape[1],
-        "contract needs x [T, >= extent], weight_t [K, D] and bias [D], got {}, {}, {}",
-        x,
-        weight_t,
-        bias,
-    )
+    _check(x.shape[1] >= max(extents), shapes, x, weight_t, bias)
     x, weight_t, bias = _autocast(x, weight_t, bias)
     _check_types("contract", x, weight_t, bias)
     return autograd.contract(x, weight_t, bias, extents, rows)
@@ -156,7 +155,15 @@ def attention(
     Raises:
         InputError: Shapes, heads, sequences or p do not fit.
     """
-    available = qkv.shape[-1] // (3 * head_size)
+    _check(
+        qkv.dim() == 2 and offsets.dim() == 1 and len(offsets) > 0 and head_size > 0,
+        "attention needs qkv [T, >= heads * 3 * d], offsets [B + 1] and d above 0, got {}, {}, {}",
+        qkv,
+        offsets,
+        head_size,
+    )
+    _check_ids("attention", offsets, like=qkv)
+    available = qkv.shape[1] // (3 * head_size)
     extents, sequences = _blocks(heads, sequences, offsets.shape[0] - 1, available)
     _check(max_length <= 1 << 16, "max_length must be at most 65536, got {}", max_length)
     seed = _seed(p, seed)
@@ -199,7 +206,7 @@ def residual_norm(
         bias,
     )
     x = x.to(residual.dtype)
-    _check_types("residual_norm", x, weight, bias)
+    _check_types("residual_norm", x, residual, weight, bias)
     return autograd.residual_norm(x, residual, weight, bias, eps, p, _seed(p, seed))
 
 
@@ -219,7 +226,7 @@ def embed(
     """`dropout(LayerNorm(word[ids] + token_type[types] + position[positions]))`.
 
     Args:
-        input_ids: `[T]` int64, as are the other ids.
+        input_ids: `[T]` int32 or int64, as are the other ids.
         token_type_ids: `[T]`.
         position_ids: `[T]`.
         word: `[V, D]`.
@@ -245,7 +252,23 @@ def embed(
         token_type_ids,
         position_ids,
     )
+    _check(
+        word.dim() == token_type.dim() == position.dim() == 2
+        and word.shape[1:]
+        == token_type.shape[1:]
+        == position.shape[1:]
+        == weight.shape
+        == bias.shape,
+        "embed needs tables [V, D], [types, D] and [positions, D], weight and bias [D], "
+        "got {}, {}, {}, {}, {}",
+        word,
+        token_type,
+        position,
+        weight,
+        bias,
+    )
     _check_types("embed", word, token_type, position, weight, bias)
+    _check_ids("embed", input_ids, token_type_ids, position_ids, like=word)
     ids = (input_ids, token_type_ids, position_ids)
     return autograd.embed(*ids, word, token_type, position, weight, bias, eps, p, _seed(p, seed))
 
@@ -261,9 +284,10 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
         A float32 (float64 for float64) scalar.
 
     Raises:
-        InputError: The shapes differ.
+        InputError: The shapes differ, or are not `[B, C]`.
     """
     _check_pair("soft_cross_entropy", student, teacher)
+    _check(student.dim() == 2, "soft_cross_entropy needs logits [B, C], got {}", student)
     return autograd.soft_cross_entropy(student, teacher)
 
 
@@ -337,13 +361,33 @@ def _check(condition: bool, message: str, *values: object) -> None:
 
 
 def _check_types(name: str, *tensors: Tensor) -> None:
-    """One type for all: a kernel reads them as such."""
+    """One type and one device for all: a kernel reads them as such."""
+    _check_device(name, *tensors)
     first = tensors[0].dtype
     if any(t.dtype != first for t in tensors):
         shown = ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)
         raise InputError(
             f"{name} needs tensors of one type, got {shown}; cast them, or use autocast"
         )
+
+
+def _check_device(name: str, *tensors: Tensor) -> None:
+    """A kernel that is given another device's address ends the process."""
+    first = tensors[0].device
+    if any(t.device != first for t in tensors):
+        shown = ", ".join(str(t.device) for t in tensors)
+        raise InputError(f"{name} needs tensors on one device, got {shown}; move them with .to()")
+
+
+def _check_ids(name: str, *ids: Tensor, like: Tensor) -> None:
+    """Indices are int32 or int64, on the device of what they index."""
+    for tensor in ids:
+        _check(
+            tensor.dtype in (torch.int32, torch.int64),
+            name + " needs ids and offsets in int32 or int64, got {}",
+            tensor.dtype,
+        )
+        _check_device(name, like, tensor)
 
 
 def _check_pair(name: str, student: Tensor, teacher: Tensor) -> None:
@@ -353,6 +397,7 @@ def _check_pair(name: str, student: Tensor, teacher: Tensor) -> None:
         student,
         teacher,
     )
+    _check_device(name, student, teacher)
 
 
 def _seed(p: float, seed: Tensor | None) -> Tensor | None:

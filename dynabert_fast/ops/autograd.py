@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynabert_fast.errors import InputError
 from dynabert_fast.ops.registry import forced_backend, resolve, use_backend
 
 _NAMESPACE = "dynabert_fast"
@@ -172,10 +173,11 @@ def _expand_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _expand_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # once: checkpointing unpacks it
+    if ctx.call[2] and saved[2].shape[0] != saved[0].shape[0]:
+        raise InputError(f"the gradient of {ctx.call[2]} needs its input: call with keep_pre")
     need_x, need_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-    grads = _call(
-        "expand_backward", grad.contiguous(), *ctx.saved_tensors, *ctx.call, need_x, need_weight
-    )
+    grads = _call("expand_backward", grad.contiguous(), *saved, *ctx.call, need_x, need_weight)
     return *_needed(grads, (need_x, need_weight, need_weight)), None, None, None, None
 
 

@@ -345,12 +345,20 @@ def attention(
             _address(lse),
             (0, 0),
             (0, 0),
-            offsets.tolist(),
+            _starts(offsets, total),
             heads,
             sequences,
             *_dropout(p, seed),
         )
     return out, lse
+
+
+def _starts(offsets: Tensor, total: int) -> list[int]:
+    """Where each sequence begins, and the last one ends: native code reads up to there."""
+    starts = offsets.tolist()
+    if starts[0] != 0 or starts[-1] != total or any(a > b for a, b in itertools.pairwise(starts)):
+        raise InputError(f"offsets must ascend from 0 to {total}, got {starts}")
+    return starts
 
 
 def attention_backward(

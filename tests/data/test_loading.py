@@ -315,6 +315,18 @@ def test_json_labels_meet_csv_labels(write: Write) -> None:
     assert own(train, dev).dev == Examples(["c"], None, [1])
 
 
+def test_numbers_of_json_are_one_label_however_they_are_written(write: Write) -> None:
+    rows = ('{"text": "a", "label": 1}', '{"text": "b", "label": 1.0}', '{"text": "c", "label": 2}')
+    train = write("train.jsonl", "\n".join(rows))
+    assert own(train, train).label_names == ("1", "2")
+
+
+def test_a_text_of_any_length(write: Write) -> None:
+    text = "word " * 50_000
+    path = write("train.csv", f"text,label\n{text},a\nb,c\n")
+    assert own(path, path).train.texts[0] == text
+
+
 # name, content, what the message says
 BAD_FILES = [
     ("empty.csv", "", r"empty.csv is empty"),
@@ -364,11 +376,16 @@ BAD_FILES = [
     ("null.jsonl", '{"text": null, "label": 1}\n', r"line 1: column 'text' must be text, got None"),
     ("long.jsonl", json.dumps({"text": ["x" * 999], "label": 1}), r"got \['x{75}\.\.\.$"),
     ("half.jsonl", '{"text": "\\ud800", "label": 1}\n', r"line 1: column 'text' must be text, got"),
-    ("label.jsonl", '{"text": "a", "label": [1]}\n', r"label \[1\] must be a string or a number"),
+    ("not.jsonl", '{"text": "a", "label": NaN}\n', "label nan must be a string or a finite number"),
+    (
+        "label.jsonl",
+        '{"text": "a", "label": [1]}\n',
+        r"label \[1\] must be a string or a finite number",
+    ),
     (
         "unlabelled.jsonl",
         '{"text": "a", "label": null}\n',
-        r"label None must be a string or a number",
+        r"label None must be a string or a finite number",
     ),
 ]
 

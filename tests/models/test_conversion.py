@@ -261,6 +261,34 @@ def test_saves_in_shards(make_model, tmp_path):
     equal(dict(again.state_dict()), dict(model.state_dict()))
 
 
+def test_a_shard_is_not_loaded_by_itself(make_model, tmp_path):
+    make_model(seed=1).save_pretrained(tmp_path, max_shard_size="20KB")
+    model = make_model(seed=2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {}
+    for shard in sorted(tmp_path.glob("model-*.safetensors")):
+        with pytest.raises(InputError, match="a shard cannot be loaded by itself"):
+            model.load_state_dict(load_file(shard), strict=False)
+        state |= load_file(shard)
+    equal(dict(model.state_dict()), before)
+    assert not model.load_state_dict(state).missing_keys
+
+
+def test_a_variant_and_a_state_dict(make_model, tmp_path):
+    plain, other = make_model(seed=1), make_model(seed=2)
+    plain.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path, variant="other")
+    assert (tmp_path / "model.other.safetensors").is_file()
+    load = DynaBertForSequenceClassification.from_pretrained
+    equal(dict(load(tmp_path).state_dict()), dict(plain.state_dict()))
+    equal(dict(load(tmp_path, variant="other").state_dict()), dict(other.state_dict()))
+    with pytest.raises(InputError, match=r"allowed are model\.none\.safetensors or"):
+        load(tmp_path, variant="none")
+    state = load_file(tmp_path / "model.other.safetensors")
+    for given in (state, other.state_dict()):
+        equal(dict(load(tmp_path, state_dict=given).state_dict()), dict(other.state_dict()))
+
+
 @pytest.mark.parametrize("max_positions", [24, 512])
 def test_saves_whatever_the_longest_sequence(make_model, tmp_path, max_positions):
     model = make_model(max_position_embeddings=max_positions)

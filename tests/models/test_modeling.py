@@ -291,6 +291,19 @@ def test_a_view_runs_its_subnet_and_shares_every_weight(make_model, make_batch, 
         assert torch.equal(view(**batch)[0], want)
 
 
+@pytest.mark.parametrize("base", [True, False], ids=["encoder", "classifier"])
+def test_an_engine_of_a_view_runs_its_subnet(make_model, make_batch, subnet_of, base):
+    model, batch = make_model(base=base), make_batch()
+    engine = model.at(subnet_of(model.config)).pack("fp32")
+    whole = model.pack("fp32")
+    name = "last_hidden_state" if base else "logits"
+    for subnet in (subnet_of(model.config), Subnet.full(model.config)):
+        want = getattr(whole(**batch, subnet=subnet), name)
+        assert torch.equal(getattr(engine(**batch, subnet=subnet), name), want)
+        default = getattr(engine(**batch), name)
+        assert torch.equal(default, want) == (subnet == subnet_of(model.config))
+
+
 def test_a_view_outlives_the_model_it_was_made_of(make_model, make_batch):
     model = make_model()
     state, subnet = model.state_dict(), Subnet.from_multipliers(model.config, 0.5)

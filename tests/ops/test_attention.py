@@ -186,6 +186,10 @@ def test_autocast_runs_in_its_type_and_leaves_float64_alone(randn):
         ({"heads": 2, "p": 1.0}, "dropout must be in [0, 1), got 1.0"),
         ({"heads": 2, "p": -0.1}, "dropout must be in [0, 1), got -0.1"),
         ({"heads": 2, "p": 0.1}, "dropout 0.1 needs a seed"),
+        ({"heads": 2, "qkv": torch.zeros(5, 2, 9)}, "got [5, 2, 9], [3]"),
+        ({"heads": 2, "offsets": torch.tensor(0)}, "[], "),
+        ({"heads": 2, "offsets": torch.tensor([0.0, 3, 5])}, "int32 or int64, got torch.float32"),
+        ({"heads": 2, "offsets": torch.zeros(3, device="meta", dtype=torch.int32)}, "cpu, meta"),
     ],
 )
 def test_bad_input(arguments, message):
@@ -198,3 +202,14 @@ def test_bad_input(arguments, message):
     with pytest.raises(InputError) as error:
         ops.attention(**good | arguments)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 6], [0, 400_000, 5], [1, 3, 5], [0, 6, 5], [0, 3, 4]])
+def test_offsets_that_leave_the_tokens(offsets):
+    if "cpp" not in ops.backends() or ops.backends()["cpp"].reason_against(
+        "attention", torch.device("cpu"), torch.float32
+    ):
+        pytest.skip("the backend cpp is not here")
+    qkv = torch.zeros(5, 2 * 3 * D)
+    with ops.use_backend("cpp"), pytest.raises(InputError, match="must ascend from 0 to 5, got"):
+        ops.attention(qkv, torch.tensor(offsets), 3, D, 2)

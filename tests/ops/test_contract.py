@@ -74,6 +74,8 @@ def test_autocast_runs_in_its_type_and_leaves_float64_alone(randn):
         ({"extent": [3, 2]}, "needs the rows of each block"),
         ({"extent": [3, 2], "rows": [2, 2]}, "sum to 5 rows, got extents [3, 2] and rows [2, 2]"),
         ({"extent": 3, "bias": torch.zeros(11)}, "got [5, 7], [11, 13], [11]"),
+        ({"extent": 3, "x": torch.zeros(2, 5, 7)}, "got [2, 5, 7], [11, 13], [13]"),
+        ({"extent": 3, "bias": torch.zeros(D, device="meta")}, "got cpu, cpu, meta; move"),
     ],
 )
 def test_bad_input(arguments, message):

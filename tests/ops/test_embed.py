@@ -69,6 +69,12 @@ def test_every_tokens_gradient_is_added_up(tables):
         ({"position_ids": torch.zeros(8, dtype=torch.long)}, "got [7], [7], [8]"),
         ({"p": 1.0}, "dropout must be in [0, 1), got 1.0"),
         ({"p": 0.1}, "dropout 0.1 needs a seed"),
+        ({"word": torch.zeros(20, 4096)}, "tables [V, D]"),
+        ({"bias": torch.zeros(3)}, "tables [V, D]"),
+        ({"position": torch.zeros(20)}, "tables [V, D]"),
+        ({"position_ids": torch.full((7,), 1.7)}, "int32 or int64, got torch.float32"),
+        ({"input_ids": torch.ones(7, dtype=torch.bool)}, "int32 or int64, got torch.bool"),
+        ({"input_ids": torch.zeros(7, device="meta", dtype=torch.long)}, "got cpu, meta; move"),
     ],
 )
 def test_bad_input(tables, arguments, message):

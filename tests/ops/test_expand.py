@@ -96,6 +96,8 @@ def test_autocast_runs_in_its_type_and_leaves_float64_alone(randn):
         ({"extent": 3, "activation": "tanh"}, "activation must be one of"),
         ({"extent": 3, "bias": torch.zeros(10)}, "got [5, 13], [11, 13], [10]"),
         ({"extent": 3, "x": torch.zeros(5, 12)}, "got [5, 12], [11, 13], [11]"),
+        ({"extent": 3, "x": torch.zeros(2, 5, D)}, "got [2, 5, 13], [11, 13], [11]"),
+        ({"extent": 3, "weight": torch.zeros(K, D, device="meta")}, "got cpu, meta, cpu; move"),
     ],
 )
 def test_bad_input(arguments, message):

@@ -180,6 +180,13 @@ def test_large_logits_do_not_overflow():
 def test_bad_input(op):
     with pytest.raises(InputError, match=r"of one shape, got \[5, 3\] and \[5, 2\]"):
         op(torch.zeros(5, 3), torch.zeros(5, 2))
+    with pytest.raises(InputError, match="on one device, got cpu, meta"):
+        op(torch.zeros(5, 3), torch.zeros(5, 3, device="meta"))
+
+
+def test_logits_are_a_row_for_each_example():
+    with pytest.raises(InputError, match=r"needs logits \[B, C\], got \[2, 3, 4\]"):
+        ops.soft_cross_entropy(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
 
 
 @pytest.mark.parametrize(

@@ -143,8 +143,12 @@ def _head(tasks: Sequence[Record], recipes: Mapping[str, str], main: str) -> lis
         "--work WORK",
         "    python benchmarks/quality.py --report",
         "",
-        "run what is missing, and write this page. All numbers, settings, times and versions stand "
-        "in [benchmarks/results/quality/](../benchmarks/results/quality/).",
+        "run what is missing (all of it, with another folder for `--results`), and write this "
+        "page. All numbers, settings, times and versions stand in "
+        "[benchmarks/results/quality/](../benchmarks/results/quality/).",
+        "",
+        "The development set also sorts heads and neurons, and chooses the best epoch of each "
+        "stage, as in the paper; that of TREC is its published test set.",
     ]
     if not tasks:
         return [*lines, "", "Nothing was run yet.", ""]

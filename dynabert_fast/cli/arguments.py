@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -297,8 +298,10 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_training(parser: argparse.ArgumentParser, per_stage: bool = False) -> None:
-    """Hyper-parameters; the defaults are the paper's."""
+def add_training(
+    parser: argparse.ArgumentParser, per_stage: bool = False, several: bool = True
+) -> None:
+    """Hyper-parameters; the defaults are the paper's. `several`: of sub-networks in a step."""
     group = parser.add_argument_group("training", "defaults are the paper's")
     size = group.add_mutually_exclusive_group()
 
@@ -342,6 +345,15 @@ def add_training(parser: argparse.ArgumentParser, per_stage: bool = False) -> No
     )
     add("--save-every", NATURAL, 0, "also save a checkpoint every so many steps")
     group.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="compute layers again in the backward pass: much less memory, a third more work",
+    )
+    seeds = number(int, least=0, below=1 << 32)
+    add("--seed", seeds, 42, "of data order, dropout and schedule (default 42)")
+    if not several:
+        return
+    group.add_argument(
         "--schedule",
         choices=("grid", "sandwich", "random"),
         default="grid",
@@ -356,12 +368,6 @@ def add_training(parser: argparse.ArgumentParser, per_stage: bool = False) -> No
         "at most so many sub-networks in one forward and backward pass: less memory, more time "
         "(default all of a step's)",
     )
-    group.add_argument(
-        "--checkpointing",
-        action="store_true",
-        help="compute layers again in the backward pass: much less memory, a third more work",
-    )
-    add("--seed", NATURAL, 42, "of data order, dropout and schedule (default 42)")
 
 
 def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
@@ -409,9 +415,13 @@ def training_options(args: argparse.Namespace, stage: str) -> TrainingOptions:
     """The hyper-parameters of a stage: its own options, or those of all stages and the recipe."""
     from dynabert_fast.training import RECIPES, Schedule, TrainingOptions
 
-    drawn = args.drawn_subnets
-    if drawn is not None and args.schedule == "grid":
-        raise InputError("--drawn-subnets needs --schedule sandwich or random; grid trains all")
+    several: dict[str, Any] = {}
+    if hasattr(args, "schedule"):
+        drawn = args.drawn_subnets
+        if drawn is not None and args.schedule == "grid":
+            raise InputError("--drawn-subnets needs --schedule sandwich or random; grid trains all")
+        several["schedule"] = Schedule(args.schedule, Schedule.count if drawn is None else drawn)
+        several["subnets_per_pass"] = args.subnets_per_pass
     options = TrainingOptions(
         learning_rate=args.learning_rate,
         batch_size=TrainingOptions.batch_size if args.batch_size is None else args.batch_size,
@@ -424,10 +434,9 @@ def training_options(args: argparse.Namespace, stage: str) -> TrainingOptions:
         precision=args.precision,
         eval_batch_size=args.eval_batch_size,
         save_every=args.save_every,
-        schedule=Schedule(args.schedule, Schedule.count if drawn is None else drawn),
-        subnets_per_pass=args.subnets_per_pass,
         checkpointing=args.checkpointing,
         seed=args.seed,
+        **several,
     )
     if stage == "depth":
         options = RECIPES[args.recipe].training(options)
@@ -477,6 +486,9 @@ def done_before(args: argparse.Namespace) -> bool:
     from dynabert_fast.files import new_folder
 
     if args.resume and (args.output / "config.json").is_file():
+        if is_first():  # a process that was killed may not have come to this
+            leftover = args.output.with_name(f"{args.output.name}.checkpoints")
+            shutil.rmtree(leftover, ignore_errors=True)
         say(f"done before: {args.output}")
         return True
     new_folder(args.output)

@@ -58,7 +58,7 @@ dynabert-fast fit --model bert-base-uncased --task sst2 --data-dir glue/SST-2 --
     parser.add_argument("model", help="pretrained encoder: folder or hub id")
     shared.add_output(parser)
     shared.add_data(parser)
-    shared.add_training(parser)
+    shared.add_training(parser, several=False)
 
     parser = shared.add_command(
         commands,

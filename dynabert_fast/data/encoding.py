@@ -222,6 +222,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
                 f"data {count} examples; use fewer batches a step or more data"
             )
         self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.tokens = tokens
         self.parts = parts
         self.seed = seed
         self.epoch = 0
@@ -234,6 +235,12 @@ class TokenBudgetSampler(Sampler[list[int]]):
                 f"batches holds an example of at most {longest} tokens, got {tokens}"
             )
         self.steps = -(-total // (tokens - longest + 1))
+
+    @property
+    def largest(self) -> int:
+        """Tokens that no batch of any epoch is above: dealt longest first, to the least filled."""
+        share = self.tokens if self.parts == 1 else self.tokens // self.parts + self.lengths.max()
+        return int(min(share, self.tokens, self.lengths.sum()))
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose batches the next iteration gives."""

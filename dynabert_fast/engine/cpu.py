@@ -229,16 +229,12 @@ class CpuEngine:
         """The native code's number of a sub-network: registered once, then looked up."""
         if not isinstance(subnet, Subnet):
             raise InputError(f"subnet must be a Subnet, got {type(subnet).__name__}")
-        try:
-            number = self._subnets.get(subnet)
-            if number is None:
-                subnet.check(self.config)
-                number = self._native.add_subnet(subnet.layers, subnet.heads, subnet.neurons)
-                self._subnets[subnet] = number
-                prefetch(self.config, self._packed, subnet)
-        except TypeError:
-            parts = subnet.layers, subnet.heads, subnet.neurons
-            raise InputError(f"a sub-network is three tuples of integers, got {parts}") from None
+        number = self._subnets.get(subnet)
+        if number is None:
+            subnet.check(self.config)
+            number = self._native.add_subnet(subnet.layers, subnet.heads, subnet.neurons)
+            self._subnets[subnet] = number
+            prefetch(self.config, self._packed, subnet)
         return number
 
     def _choose(

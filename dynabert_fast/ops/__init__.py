@@ -140,7 +140,8 @@ def attention(
 
     Args:
         qkv: `[T, >= max(heads) * 3 * d]`, head-major: q, k and v of head 0, then of head 1, ...
-        offsets: `[B + 1]` int32 or int64: sequence b is the rows `offsets[b]` to `offsets[b + 1]`.
+        offsets: `[B + 1]` int32 or int64: sequence b is the rows `offsets[b]` to `offsets[b + 1]`;
+            from 0, ascending. Rows behind the last sequence belong to none.
         max_length: Length of the longest sequence, at most 65536.
         head_size: d; the scale is `d ** -0.5` whatever the extent.
         heads: Active heads; one int or one per block of sequences.

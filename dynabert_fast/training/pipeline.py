@@ -1,7 +1,7 @@
 """`fit`: fine-tune, rewire, train widths, train depths, evaluate; one resumable output folder.
 
 output/
-  fit.json       the settings, which a resumed run must repeat
+  fit.json       the settings, which a resumed run must repeat (but for stages that have not begun)
   teacher/       the fine-tuned model
   rewired/       the same function, heads and neurons sorted by importance
   augmented.json what the two stages below train on, if asked for
@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -29,7 +30,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from dynabert_fast.data import Collator, EncodedDataset, Examples, TaskData
+from dynabert_fast.data import Collator, EncodedDataset, Examples, TaskData, TokenBudgetSampler
 from dynabert_fast.data.augmentation import Augmentation, augment, load_masked_lm
 from dynabert_fast.errors import InputError
 from dynabert_fast.evaluation import Grid, evaluate_grid, write_report
@@ -43,6 +44,10 @@ from dynabert_fast.training.stages import Stage, StageData, TrainingOptions, run
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+#: Of each stage, in order.
+FOLDERS = {"finetune": "teacher", "width": "width", "depth": "dynabert", "final": "final"}
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,25 @@ def load_model(source: str | Path, **changes: Any) -> DynaBertForSequenceClassif
     return model
 
 
+def check_steps(encoded: StageData, options: FitOptions, processes: int) -> None:
+    """Refuse steps of too few tokens before hours of training lead to them.
+
+    Raises:
+        InputError: A stage's `tokens_per_step` leaves less than an example for each batch.
+    """
+    for name, training in options.training.items():
+        if training.tokens_per_step is None:
+            continue
+        lengths = encoded.train.lengths
+        if options.augmentation is not None and options.stages[name].recipe is not None:
+            lengths = [options.max_length] * len(lengths)  # texts that are not there yet
+        parts = processes * training.gradient_accumulation
+        try:
+            TokenBudgetSampler(lengths, training.tokens_per_step, parts)
+        except InputError as error:
+            raise InputError(f"stage {name}: {error}") from None
+
+
 def check_length(name: str, length: int, config: DynaBertConfig) -> None:
     """Raise `InputError` where `length` tokens are more than the model has positions."""
     if length > config.max_tokens:
@@ -165,6 +189,11 @@ def check_length(name: str, length: int, config: DynaBertConfig) -> None:
             f"{name} must be at most {config.max_tokens}, the longest sequence of the model, "
             f"got {length}"
         )
+
+
+def device() -> str:
+    """Where what is not training runs."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_options(config: DynaBertConfig, options: FitOptions) -> None:
@@ -221,7 +250,7 @@ def augmented(
         found = Examples(**json.loads(file.read_text(encoding="utf-8")))
     else:
         model, tokenizer = load_masked_lm(masked_lm)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device())
         found = augment(examples, model, tokenizer, augmentation, progress)
         if file is not None:
             write_aside(file, json.dumps(asdict(found)) + "\n")
@@ -265,7 +294,7 @@ def rewire_checkpoint(
 ) -> None:
     """Measure importance on the development set and save the sorted model as `output`."""
     new_folder(output)
-    model = load_model(source)
+    model = load_model(source).to(device())
     importance = measure_importance(
         model, _batches(encoded, batch_size, model.device), accumulation, progress
     )
@@ -319,14 +348,16 @@ def fit(
     first = processes.is_main_process
     progress = progress and first
     begun = not first or _begun(output, settings, resume)
-    teacher, rewired = output / "teacher", output / "rewired"
-    width, dynabert, final = output / "width", output / "dynabert", output / "final"
+    teacher, width, dynabert, final = (output / name for name in FOLDERS.values())
+    rewired = output / "rewired"
     encoded = stage_data(data, load_tokenizer(source), options.max_length)
+    check_steps(encoded, options, processes.num_processes)
     if not begun:
         load_model(source, **head_changes(data))  # refuses damaged weights before a folder is made
         if options.masked_lm:
             load_masked_lm(options.masked_lm)
         output.mkdir(parents=True, exist_ok=True)
+    if first:  # of stages that had not begun, a resumed run has its own
         write_aside(output / "fit.json", json.dumps(settings, indent=2) + "\n")
 
     def step(folder: Path, title: str, run: Callable[[], None], together: bool = True) -> None:
@@ -335,6 +366,8 @@ def fit(
         done = folder.is_dir()
         processes.wait_for_everyone()  # everyone has looked
         _say(progress, f"{title}: done before" if done else title)
+        if done and first:  # a process that was killed may not have come to this
+            shutil.rmtree(folder.with_name(f"{folder.name}.checkpoints"), ignore_errors=True)
         if not done and (together or first):
             run()
 
@@ -403,7 +436,7 @@ def evaluate_checkpoint(
     progress: bool = True,
 ) -> Grid:
     """Evaluate the grid of a checkpoint and write `grid.json`, `grid.md` and `report.html`."""
-    model = load_model(checkpoint)
+    model = load_model(checkpoint).to(device())
     grid = evaluate_grid(
         model,
         encoded.dev,
@@ -452,7 +485,10 @@ def _choices(options: FitOptions) -> dict[str, Any]:
         "augmentation": options.augmentation
         and {**asdict(options.augmentation), "model": str(options.masked_lm)},
         "stages": {name: asdict(stage) for name, stage in options.stages.items()},
-        "training": {name: asdict(values) for name, values in options.training.items()},
+        # How often checkpoints are saved may change.
+        "training": {
+            name: asdict(replace(values, save_every=0)) for name, values in options.training.items()
+        },
     }
 
 
@@ -471,7 +507,16 @@ def _begun(output: Path, settings: dict[str, Any], resume: bool) -> bool:
     if not (resume and record.is_file()):
         new_folder(output)
         return False
-    refuse_others(record, output, settings, _choices(FitOptions()))
+    # A stage that has not begun may have other settings than were planned; one that was
+    # interrupted compares its own, those of its checkpoints.
+    open_ = {name for name, folder in FOLDERS.items() if not (output / folder).is_dir()}
+    refuse_others(
+        record,
+        output,
+        settings,
+        _choices(FitOptions()),
+        free=tuple(f"{part}.{name}." for part in ("stages", "training") for name in open_),
+    )
     return True
 
 

@@ -9,7 +9,13 @@ from typing import Any
 from dynabert_fast.errors import InputError
 
 
-def refuse_others(file: Path, run: Path, settings: dict[str, Any], default: dict[str, Any]) -> None:
+def refuse_others(
+    file: Path,
+    run: Path,
+    settings: dict[str, Any],
+    default: dict[str, Any],
+    free: tuple[str, ...] = (),
+) -> None:
     """Refuse to go on with a run of other settings.
 
     Args:
@@ -17,6 +23,7 @@ def refuse_others(file: Path, run: Path, settings: dict[str, Any], default: dict
         run: Its folder, for the error.
         settings: Today's.
         default: What a setting was that the file does not have: it is older than the option.
+        free: Beginnings of dotted names that may differ.
 
     Raises:
         InputError: A setting differs, or the file cannot be read.
@@ -29,6 +36,8 @@ def refuse_others(file: Path, run: Path, settings: dict[str, Any], default: dict
     now, usual = (_flat(json.loads(json.dumps(given))) for given in (settings, default))
     # The data last: a differing number of examples says more than a digest.
     for key in sorted(now.keys() | before.keys(), key=lambda key: (key == "data", key)):
+        if key.startswith(free):
+            continue
         then = before[key] if key in before else usual.get(key)
         if then != now.get(key):
             raise InputError(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -280,8 +281,8 @@ def run_stage(
 
     Raises:
         InputError: `output` or its checkpoints exist (without `resume`), the checkpoints are of a
-            run of other settings, data or teacher, all of them are damaged, or the teacher is
-            missing or does not fit the student.
+            run of other settings, data, student, teacher or number of processes, all of them are
+            damaged, or the teacher is missing or does not fit the student.
         SaveError: A checkpoint could not be written.
         TrainingError: A loss is NaN or infinite; the batch is beside the checkpoints.
     """
@@ -304,12 +305,15 @@ def run_stage(
         "dev_examples": len(data.dev),
         "data": [data.train.digest(), data.dev.digest()],
         "teacher": None if teacher is None else _digest(teacher),
+        "student": _digest(model),
+        "processes": PartialState(cpu=not torch.cuda.is_available()).num_processes,
     }
     record = run / "settings.json"
     if last is not None and record.is_file():
         default = {
             "stage": asdict(stages().get(stage.name, stage)),
             "training": asdict(TrainingOptions()),
+            **{name: settings[name] for name in ("student", "processes")},
         }
         refuse_others(record, run, settings, default)
     trainer = ElasticTrainer(
@@ -440,8 +444,11 @@ def _find_damage(checkpoint: Path) -> str | None:
     if damage:
         return damage
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    best = checkpoint.with_name(f"checkpoint-{state['best_global_step']}")
-    damage = find_damage(best) if best != checkpoint and best.is_dir() else None
+    step = state.get("best_global_step")
+    best = checkpoint.with_name(f"checkpoint-{step}")
+    if not step or best == checkpoint:
+        return None
+    damage = find_damage(best) if best.is_dir() else "missing"
     return f"its best checkpoint {best.name} is: {damage}" if damage else None
 
 

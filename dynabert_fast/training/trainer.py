@@ -54,6 +54,9 @@ CHECKPOINTING = (
     else "gradient_checkpointing"
 )
 
+#: Steps whose draws are looked at for the memory that training will take.
+_DRAWS = 100
+
 _logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -161,27 +164,34 @@ class ElasticTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def step_memory(self) -> tuple[StepMemory, int]:
-        """An estimate of a step's peak, and the tokens of the largest batch that it is for."""
+        """An estimate of the peak, and the tokens of the largest batch that it is for.
+
+        Where sub-networks are drawn, of the largest among the first steps.
+        """
         lengths = self._sampler.lengths.tolist()
         tokens = sum(sorted(lengths, reverse=True)[: self.args.train_batch_size])
         if isinstance(self._sampler, TokenBudgetSampler):
-            tokens = max(sum(lengths[i] for i in batch) for batch in self._sampler)
-        passes = self._passes()
+            tokens = self._sampler.largest
         hidden = self.recipe is not None and self.recipe.hidden > 0
-        teachers = tuple(self._lesson(t).teachers for t in passes) if self.teacher else ()
         model: Any = self.model
-        memory = step_memory(
-            model.config,
-            model.num_parameters(),
-            self.teacher.num_parameters() if self.teacher else 0,
-            passes,
-            teachers,
-            tokens,
-            half=self.args.bf16 or self.args.fp16,
-            hidden=hidden,
-            checkpointing=bool(getattr(self.args, CHECKPOINTING)),
-        )
-        return memory, tokens
+        found: list[StepMemory] = []
+        for step in range(1 if self.schedule.kind == "grid" else _DRAWS):
+            passes = self._passes(step)
+            teachers = tuple(self._lesson(t).teachers for t in passes) if self.teacher else ()
+            found.append(
+                step_memory(
+                    model.config,
+                    model.num_parameters(),
+                    self.teacher.num_parameters() if self.teacher else 0,
+                    passes,
+                    teachers,
+                    tokens,
+                    half=self.args.bf16 or self.args.fp16,
+                    hidden=hidden,
+                    checkpointing=bool(getattr(self.args, CHECKPOINTING)),
+                )
+            )
+        return max(found, key=lambda memory: memory.total), tokens
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -213,7 +223,7 @@ class ElasticTrainer(Trainer):
         # A call that is not `train`'s is a step of one batch.
         shares = (self._shares or batch_shares([_counts(inputs)], self.args.device)).pop(0)
         teaching = _Teaching()
-        passes = self._passes()
+        passes = self._passes(self.state.global_step)
         of_passes: list[Tensor] = []
         for tree in passes:
             # Processes exchange gradients once a step, in the last backward.
@@ -230,9 +240,9 @@ class ElasticTrainer(Trainer):
         self._watch_loss(inputs, found)
         return found.sum()
 
-    def _passes(self) -> tuple[SubnetTree, ...]:
-        """The step's sub-networks; those that share most come together in one pass."""
-        subnets = self.schedule.choose(self.subnets, self.args.seed, self.state.global_step)
+    def _passes(self, step: int) -> tuple[SubnetTree, ...]:
+        """A step's sub-networks; those that share most come together in one pass."""
+        subnets = self.schedule.choose(self.subnets, self.args.seed, step)
         return self._make_passes(subnets, self.subnets_per_pass or len(subnets))
 
     def _pass_loss(
@@ -301,6 +311,8 @@ class ElasticTrainer(Trainer):
             primary metric over them.
         """
         self._watch.finish()  # no losses are left that nobody looked at
+        if self.is_in_train and self._anyone(not all_finite(self.model.parameters())):
+            raise bad_weights(self.state.global_step)
         batches = self._eval_batches
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:
             size = self.args.per_device_eval_batch_size

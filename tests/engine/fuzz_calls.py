@@ -61,13 +61,8 @@ def subnet(rows):
     if form < 7:
         return [chance.choice(subnets) for _ in range(rows)]
     if form == 7:
-        size = chance.randint(0, 3)
-        return Subnet(
-            *(
-                tuple(chance.choice((-1, 0, 1, 2, 9, 1.5, "a", None)) for _ in range(size))
-                for _ in "lhn"
-            )
-        )
+        size, ints = chance.randint(0, 3), (-1, 0, 1, 2, 9, np.int8(1), 2**31, -(2**70))
+        return Subnet(*(tuple(chance.choice(ints) for _ in range(size)) for _ in "lhn"))
     if form == 8:
         return chance.choice(("w1.00-d1.00", 3, [], [None], {}, object(), [subnets[0]] * 2))
     return None

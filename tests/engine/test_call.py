@@ -407,14 +407,6 @@ CALLS = {
         "strictly ascending",
     ),
     "no layer": ({"input_ids": IDS, "subnet": Subnet((), (), ())}, "needs one layer or more"),
-    "fractions of a head": (
-        {"input_ids": IDS, "subnet": Subnet((0,), (1.5,), (1,))},
-        "three tuples of integers, got",
-    ),
-    "lists in a sub-network": (
-        {"input_ids": IDS, "subnet": Subnet([0], [1], [1])},
-        "three tuples of integers, got",
-    ),
     "hidden states of two depths": (
         {
             "input_ids": IDS,

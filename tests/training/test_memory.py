@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dynabert_fast.subnet import grid
-from dynabert_fast.training import Distillation, TrainingOptions, TreeDistillation
+from dynabert_fast.training import Distillation, Schedule, TrainingOptions, TreeDistillation
+from dynabert_fast.training import trainer as trainer_module
 from dynabert_fast.training.memory import reused_memory, step_memory
 from dynabert_fast.tree import SubnetTree
 
@@ -96,10 +97,32 @@ def test_fewer_in_a_pass_and_checkpointing_take_less(make_trainer):
 
 
 def test_the_largest_batch_of_a_budget_of_tokens(make_trainer):
-    trainer = make_trainer(options=TrainingOptions(tokens_per_step=40), train=24)
-    _, tokens = trainer.step_memory()
-    lengths = trainer.train_dataset.lengths
-    assert tokens == max(sum(lengths[i] for i in batch) for batch in trainer._sampler) <= 40
+    def largest(train=24, **options):
+        trainer = make_trainer(options=TrainingOptions(tokens_per_step=40, **options), train=train)
+        sampler, found = trainer._sampler, []
+        for epoch in range(20):
+            sampler.set_epoch(epoch)
+            found += [sum(sampler.lengths[i] for i in batch) for batch in sampler]
+        return max(found), trainer.step_memory()[1], int(sampler.lengths.max())
+
+    most, said, _ = largest()
+    assert 30 < most <= said == 40
+    most, said, longest = largest(gradient_accumulation=3)
+    assert most <= said <= 40 // 3 + longest
+    most, said, _ = largest(train=2)
+    assert most == said < 40
+
+
+def test_the_memory_is_that_of_the_largest_draw(make_trainer, monkeypatch):
+    def total(draws, **schedule):
+        monkeypatch.setattr(trainer_module, "_DRAWS", draws)
+        options = TrainingOptions(batch_size=4, schedule=Schedule(**schedule), seed=3)
+        return make_trainer(options=options).step_memory()[0].total
+
+    sandwich = {"kind": "sandwich", "count": 1}
+    each = [total(draws, **sandwich) for draws in range(1, 10)]
+    assert each == sorted(each)
+    assert each[0] < each[-1] <= total(100, **sandwich) < total(100, kind="grid")
 
 
 def faults() -> int:

@@ -17,6 +17,7 @@ import torch
 
 import dynabert_fast.training.pipeline as module
 from dynabert_fast.data import load_files
+from dynabert_fast.data.augmentation import Augmentation
 from dynabert_fast.errors import InputError
 from dynabert_fast.evaluation import Grid
 from dynabert_fast.models import DynaBertForSequenceClassification
@@ -201,6 +202,67 @@ def test_other_settings_are_refused(fitted, encoder, make_task, changed, trainin
     task = make_task("many", train=16, dev=8)
     with pytest.raises(InputError, match=f"out was started with {message}; resume with"):
         fit(encoder, task, output, chosen, resume=True, progress=False)
+
+
+def test_stages_that_have_not_begun_may_have_other_settings(
+    fitted, encoder, make_task, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    shutil.copytree(fitted[0], output)
+    for name in ("dynabert", "final"):
+        shutil.rmtree(output / name)
+    task, ran = make_task("many", train=16, dev=8), []
+
+    def run(stage, model, data, folder, training, *_):
+        ran.append((stage.name, training.learning_rate))
+        shutil.copytree(fitted[0] / folder.name, folder)
+
+    monkeypatch.setattr(module, "run_stage", run)
+    monkeypatch.setattr(module, "evaluate_checkpoint", lambda *args: None)
+    chosen = options(final=True)
+    other = {
+        name: dataclasses.replace(values, learning_rate=0.25, save_every=7)
+        if name in ("depth", "final")
+        else dataclasses.replace(values, save_every=7)
+        for name, values in chosen.training.items()
+    }
+    chosen = dataclasses.replace(chosen, training=other)
+    fit(encoder, task, output, chosen, resume=True, progress=False)
+    assert ran == [("depth", 0.25), ("final", 0.25)]
+    for name in ("depth", "final"):
+        record = json.loads((output / "fit.json").read_text())
+        assert record["training"][name]["learning_rate"] == 0.25
+    other["width"] = dataclasses.replace(other["width"], learning_rate=0.25)
+    with pytest.raises(InputError, match=r"training\.width\.learning_rate 0.001, not 0.25"):
+        fit(encoder, task, output, dataclasses.replace(chosen, training=other), resume=True)
+
+
+def test_steps_of_too_few_tokens_are_refused_before_anything_is_trained(
+    encoder, make_task, tmp_path
+):
+    task, chosen = make_task("many", train=16, dev=8), options()
+    for name, tokens, more in (("depth", 10, {}), ("width", 15, {"masked_lm": encoder})):
+        training = {n: dataclasses.replace(v) for n, v in chosen.training.items()}
+        training[name] = dataclasses.replace(training[name], tokens_per_step=tokens)
+        if more:  # a text of 16 tokens may come
+            more["augmentation"] = Augmentation(copies=2)
+        with pytest.raises(InputError, match=rf"stage {name}: tokens_per_step must be at least"):
+            fit(
+                encoder,
+                task,
+                tmp_path / "out",
+                dataclasses.replace(chosen, training=training, **more),
+            )
+    assert names(tmp_path) == set()
+
+
+def test_what_a_killed_process_left_is_deleted(fitted, encoder, make_task, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(fitted[0], output)
+    (output / "width.checkpoints" / "checkpoint-2").mkdir(parents=True)
+    task = make_task("many", train=16, dev=8)
+    fit(encoder, task, output, options(final=True), resume=True, progress=False)
+    assert not (output / "width.checkpoints").exists()
 
 
 def test_a_record_without_a_newer_option_had_its_default(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dynabert_fast.errors import InputError, SaveError
+from dynabert_fast.errors import InputError, SaveError, TrainingError
+from dynabert_fast.files import write_manifest
 from dynabert_fast.models import DynaBertForSequenceClassification
 from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet
 from dynabert_fast.training import (
@@ -295,6 +298,54 @@ def test_another_teacher_is_refused(make_data, make_student, tmp_path, monkeypat
     with pytest.raises(InputError, match="was started with teacher"):
         go_on(make_student(seed=2), options=options, resume=True)
     go_on(make_student(seed=1), options=options, resume=True)
+
+
+def test_another_student_and_other_processes_are_refused(
+    interrupted, make_data, make_student, monkeypatch
+):
+    again = {"options": TrainingOptions(batch_size=4, epochs=2), "resume": True}
+    with pytest.raises(InputError, match="was started with student"):
+        go("finetune", make_student(seed=5), make_data(), interrupted, **again)
+    with pytest.raises(InputError, match="was started with student"):
+        go("finetune", make_student(hidden_size=16), make_data(), interrupted, **again)
+    with monkeypatch.context() as patch:
+        module = sys.modules[Stage.__module__]
+        patch.setattr(module, "PartialState", lambda **_: SimpleNamespace(num_processes=2))
+        with pytest.raises(InputError, match="was started with processes 1, not 2"):
+            go("finetune", make_student(), make_data(), interrupted, **again)
+    record = interrupted.with_name("out.checkpoints") / "settings.json"
+    settings = json.loads(record.read_text())
+    del settings["student"], settings["processes"]  # an older version's
+    record.write_text(json.dumps(settings))
+    go("finetune", make_student(), make_data(), interrupted, **again)
+
+
+def test_a_best_checkpoint_that_is_gone_is_damage(interrupted, make_data, make_student):
+    run = interrupted.with_name("out.checkpoints")
+    (last,) = run.glob("checkpoint-*")
+    state = json.loads((last / "trainer_state.json").read_text())
+    state["best_global_step"] = 2
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    write_manifest(last)
+    options = TrainingOptions(batch_size=4, epochs=2)
+    with pytest.raises(InputError, match="its best checkpoint checkpoint-2 is: missing"):
+        go("finetune", make_student(), make_data(), interrupted, options=options, resume=True)
+
+
+def test_weights_that_are_spoilt_in_the_last_step(make_data, make_student, tmp_path, monkeypatch):
+    step = ElasticTrainer.training_step
+
+    def spoils(self, *args):
+        loss = step(self, *args)
+        if self.state.global_step == 2:
+            with torch.no_grad():
+                self.model.classifier.bias.fill_(torch.inf)
+        return loss
+
+    monkeypatch.setattr(ElasticTrainer, "training_step", spoils)
+    options = TrainingOptions(batch_size=4, epochs=1)
+    with pytest.raises(TrainingError, match="weights are not finite after step 3"):
+        go("finetune", make_student(), make_data(), tmp_path / "out", options=options)
 
 
 def test_a_record_without_a_newer_option_had_its_default(interrupted, make_data, make_student):

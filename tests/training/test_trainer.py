@@ -405,6 +405,7 @@ def test_defaults_are_those_of_the_paper(make_trainer):
     for group in optimizer.param_groups:
         values = (group["lr"], group["betas"], group["eps"], group["weight_decay"])
         assert values == (2e-5, (0.9, 0.999), 1e-8, 0.0)
+        assert group["fused"]
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(list(trainer.model.parameters()))
 
@@ -458,6 +459,14 @@ def test_every_epoch_has_an_order_of_its_own(make_trainer):
     assert first != other
     assert first != second
     assert sorted(chain.from_iterable(first)) == sorted(chain.from_iterable(second))
+
+
+def test_texts_of_like_length_come_together(make_trainer):
+    trainer = make_trainer("finetune", TrainingOptions(batch_size=4, epochs=2, seed=3), train=48)
+    spread = [max(map(len, batch)) - min(map(len, batch)) for batch in epochs_of(trainer)[0]]
+    lengths = trainer.train_dataset.lengths
+    assert len(set(lengths)) >= 6
+    assert sum(spread) <= max(lengths) - min(lengths), "batches cut from a sorted list"
 
 
 # --- evaluation and the best checkpoint -----------------------------------------------------------

@@ -37,6 +37,7 @@ from dynabert_fast.data import TaskData, load_glue
 from dynabert_fast.errors import InputError, SaveError, TrainingError
 from dynabert_fast.evaluation import environment, make_batches, primary_metric, score_grid
 from dynabert_fast.evaluation.grid import Batches, write_aside
+from dynabert_fast.files import checkpoints_folder
 from dynabert_fast.models import DynaBertForSequenceClassification
 from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
 from dynabert_fast.training import Distillation, StageData, TrainingOptions, run_stage, stages
@@ -319,7 +320,7 @@ class Session:
     def _make(self, part: Part, seed: int) -> None:
         folder = self.work / part.folder
         if folder.is_dir():  # it appeared when it was whole; what its run left may be there
-            shutil.rmtree(self.work / f"{part.folder}.checkpoints", ignore_errors=True)
+            shutil.rmtree(checkpoints_folder(folder), ignore_errors=True)
             return
         print(f"-- {folder}", flush=True)
         self.work.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,11 @@ from safetensors import SafetensorError
 from dynabert_fast.errors import InputError, SaveError
 
 
+def checkpoints_folder(output: Path) -> Path:
+    """Where the checkpoints of a training live that ends as `output`."""
+    return output.with_name(f"{output.name}.checkpoints")
+
+
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Fill a folder beside `target`, then rename it: a killed process leaves no half of one.

@@ -483,12 +483,11 @@ def add_output(parser: argparse.ArgumentParser, resumable: bool = True) -> None:
 
 def done_before(args: argparse.Namespace) -> bool:
     """Whether a resumed stage has nothing left to do, and says so; a new one needs a new folder."""
-    from dynabert_fast.files import new_folder
+    from dynabert_fast.files import checkpoints_folder, new_folder
 
     if args.resume and (args.output / "config.json").is_file():
         if is_first():  # a process that was killed may not have come to this
-            leftover = args.output.with_name(f"{args.output.name}.checkpoints")
-            shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(checkpoints_folder(args.output), ignore_errors=True)
         say(f"done before: {args.output}")
         return True
     new_folder(args.output)

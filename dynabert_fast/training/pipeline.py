@@ -35,7 +35,7 @@ from dynabert_fast.data.augmentation import Augmentation, augment, load_masked_l
 from dynabert_fast.errors import InputError
 from dynabert_fast.evaluation import Grid, evaluate_grid, write_report
 from dynabert_fast.evaluation.grid import write_aside
-from dynabert_fast.files import new_folder, whole_folder
+from dynabert_fast.files import checkpoints_folder, new_folder, whole_folder
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.rewiring import Accumulation, measure_importance, rewire
 from dynabert_fast.subnet import grid
@@ -367,7 +367,7 @@ def fit(
         processes.wait_for_everyone()  # everyone has looked
         _say(progress, f"{title}: done before" if done else title)
         if done and first:  # a process that was killed may not have come to this
-            shutil.rmtree(folder.with_name(f"{folder.name}.checkpoints"), ignore_errors=True)
+            shutil.rmtree(checkpoints_folder(folder), ignore_errors=True)
         if not done and (together or first):
             run()
 

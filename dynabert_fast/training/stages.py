@@ -31,7 +31,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dynabert_fast.data import Collator, EncodedDataset
 from dynabert_fast.errors import InputError
 from dynabert_fast.evaluation.grid import write_aside
-from dynabert_fast.files import find_damage, new_folder, whole_folder
+from dynabert_fast.files import checkpoints_folder, find_damage, new_folder, whole_folder
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
 from dynabert_fast.training.losses import Distillation, HiddenTarget
@@ -101,7 +101,7 @@ class Recipe:
 
 #: By name. `small-batches` is for data of which an epoch has some hundred steps (docs/quality.md):
 #: what sub-networks of less depth lack there is steps, and as all sub-networks are one pass, a
-#: batch of 8 examples still is thousands of rows of a layer.
+#: batch of 8 examples still is some hundred rows of each layer.
 RECIPES = {
     "paper": Recipe(),
     "small-batches": Recipe(steps=4, rate=2.0, warmup=0.1, hidden_target="output"),
@@ -291,7 +291,7 @@ def run_stage(
         if teacher is None:
             raise InputError(f"stage {stage.name} distils: give the teacher's checkpoint")
         check_teacher(stage.recipe, model.config, teacher.config)
-    run = output.with_name(f"{output.name}.checkpoints")
+    run = checkpoints_folder(output)
     if resume and (output / "config.json").is_file():
         shutil.rmtree(run, ignore_errors=True)  # where the earlier process was killed before this
         return

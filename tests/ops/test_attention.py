@@ -202,17 +202,3 @@ def test_bad_input(arguments, message):
     with pytest.raises(InputError) as error:
         ops.attention(**good | arguments)
     assert message in str(error.value)
-
-
-@pytest.mark.parametrize("offsets", [[0, 3, 6], [0, 400_000, 5], [1, 3, 5], [0, 6, 5], [0, -1, 5]])
-def test_offsets_that_leave_the_tokens(offsets):
-    if "cpp" not in ops.backends() or ops.backends()["cpp"].reason_against(
-        "attention", torch.device("cpu"), torch.float32
-    ):
-        pytest.skip("the backend cpp is not here")
-    qkv = torch.zeros(5, 2 * 3 * D)
-    with (
-        ops.use_backend("cpp"),
-        pytest.raises(InputError, match="ascend from 0 to at most 5, got"),
-    ):
-        ops.attention(qkv, torch.tensor(offsets), 3, D, 2)

@@ -669,6 +669,12 @@ def test_a_type_that_it_does_not_take(randn, dtype):
     assert ops.expand(x, weight, bias, 3).dtype == dtype
 
 
+@pytest.mark.parametrize("offsets", [[0, 3, 6], [0, 400_000, 5], [1, 3, 5], [0, 6, 5], [0, -1, 5]])
+def test_offsets_that_leave_the_tokens(offsets):
+    with pytest.raises(InputError, match="ascend from 0 to at most 5, got"):
+        on_cpp(ops.attention)(torch.zeros(5, 24), torch.tensor(offsets), 3, 4, 2)
+
+
 # --- models ---------------------------------------------------------------------------------------
 
 SIZES = {

@@ -197,12 +197,8 @@ def test_a_second_derivative_is_refused():
         first.sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_an_activation_without_its_input_has_no_gradient(backend):
-    if ops.backends()[backend].reason_against("expand", torch.device("cpu"), torch.float32):
-        pytest.skip(f"the backend {backend} is not here")
+def test_an_activation_without_its_input_has_no_gradient():
     x, weight, bias = torch.ones(4, D, requires_grad=True), torch.ones(5, D), torch.ones(5)
-    with ops.use_backend(backend):
-        out, _ = torch.ops.dynabert_fast.expand(x, weight, bias, [5], [4], "gelu", False)
-        with pytest.raises(InputError, match="the gradient of gelu needs its input"):
-            out.sum().backward()
+    out, _ = torch.ops.dynabert_fast.expand(x, weight, bias, [5], [4], "gelu", False)
+    with pytest.raises(InputError, match="the gradient of gelu needs its input"):
+        out.sum().backward()

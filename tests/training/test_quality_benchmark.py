@@ -268,7 +268,8 @@ def test_a_teacher_that_starts_from_another_tasks(command, quality, monkeypatch,
     for part in (start, teacher):
         weights = load_file(tmp_path / "work/trec" / part.folder / "model.safetensors")
         encoders.append({k: v for k, v in weights.items() if not k.startswith("classifier")})
-    torch.testing.assert_close(*encoders, rtol=0, atol=1e-6)
+    # AdamW moves a weight by the rate a step at most, nine times 1e-9; training at 1e-4 by more.
+    torch.testing.assert_close(*encoders, rtol=0, atol=1e-7)
     assert set(record["seconds"]) >= {"start", "finetune"}
 
 

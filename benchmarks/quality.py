@@ -34,14 +34,16 @@ import torch
 
 from dynabert_fast.cli.arguments import COUNT, POSITIVE, quiet_libraries
 from dynabert_fast.data import TaskData, load_glue
+from dynabert_fast.data.augmentation import Augmentation
 from dynabert_fast.errors import InputError, SaveError, TrainingError
 from dynabert_fast.evaluation import environment, make_batches, primary_metric, score_grid
 from dynabert_fast.evaluation.grid import Batches, write_aside
-from dynabert_fast.files import checkpoints_folder
+from dynabert_fast.files import checkpoints_folder, whole_folder
 from dynabert_fast.models import DynaBertForSequenceClassification
 from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
 from dynabert_fast.training import Distillation, StageData, TrainingOptions, run_stage, stages
 from dynabert_fast.training.pipeline import (
+    augmented,
     finetune,
     load_model,
     load_tokenizer,
@@ -105,6 +107,7 @@ class Recipe:
         distillation: Changes of `DISTILLATION` by stage; `None` learns from labels.
         training: Changes of `TrainingOptions` by stage.
         epochs: Times the task's epochs, by stage; default 1.
+        copies: Of each training example with words replaced, by stage; default none.
     """
 
     title: str
@@ -113,6 +116,7 @@ class Recipe:
     distillation: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     epochs: Mapping[str, float] = field(default_factory=dict)
+    copies: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def unsupported(self) -> list[str]:
@@ -174,6 +178,12 @@ RECIPES: dict[str, Recipe] = {
         training={"depth": _SMALL},
         epochs={"depth": 4.0},
     ),
+    "augmented": Recipe(
+        "`small`, with 3 copies of each example in stage `depth`: as many steps as `small-longer`",
+        distillation=_OUTPUTS,
+        training={"depth": _SMALL},
+        copies={"depth": 3},
+    ),
     "longer": Recipe("twice the epochs", epochs=_both(2.0)),
     "direct": Recipe(
         "straight to the grid, no stage `width`, twice the epochs",
@@ -188,24 +198,28 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class Part:
-    """One folder of weights: how it is made, and from which others.
+    """One folder: how it is made, and from which others.
 
     Attributes:
-        stage: `start` (another task's teacher), `finetune`, `rewire` or a stage of training.
+        stage: `start` (another task's teacher), `finetune`, `rewire`, `augment` (texts, not
+            weights) or a stage of training.
         settings: What decides its weights beside its parents, JSON.
         student: Whose weights it starts with; `None`: the pretrained encoder's.
         teacher: Whom it learns from; `None`: labels.
+        texts: What it learns from; `None`: the task's.
     """
 
     stage: str
     settings: dict[str, Any]
     student: Part | None = None
     teacher: Part | None = None
+    texts: Part | None = None
 
     @cached_property
     def folder(self) -> str:
         """Its name: the same settings and parents give the same."""
         parents = [part and part.folder for part in (self.student, self.teacher)]
+        parents += [self.texts.folder] if self.texts else []
         text = json.dumps([self.stage, self.settings, *parents], sort_keys=True)
         return f"{self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -218,8 +232,13 @@ class Run:
     seed: int
     recipe: str
 
-    def parts(self, model_name: str) -> list[Part]:
-        """Everything to make, in order: what the teacher starts from, teacher, rewired, stages."""
+    def parts(self, model_name: str, masked_lm: str = "") -> list[Part]:
+        """Everything to make, in order: what the teacher starts from, teacher, rewired, stages.
+
+        Args:
+            model_name: Of the pretrained encoder.
+            masked_lm: Of the model that proposes words; only recipes with copies have one.
+        """
         recipe, epochs = RECIPES[self.recipe], EPOCHS[self.task]
         base = TRAINING | {"seed": self.seed, "max_length": MAX_LENGTH}
 
@@ -239,7 +258,12 @@ class Run:
             training = {**base, "epochs": epochs[stage] * recipe.epochs.get(stage, 1.0)}
             training |= recipe.training.get(stage, {})
             settings = {"training": training, "distillation": distilled}
-            part = Part(stage, settings, found[-1], taught_by if distilled else None)
+            texts = None
+            if copies := recipe.copies.get(stage):
+                texts = Part("augment", {"masked_lm": masked_lm, "copies": copies, "seed": 0})
+                found.insert(0, texts)
+            student, teacher_ = found[-1], taught_by if distilled else None
+            part = Part(stage, settings, student, teacher_, texts)
             found.append(part)
             taught_by = part
         return found
@@ -279,6 +303,11 @@ class Session:
         self.work = Path(args.work) / task
         self.file = Path(args.results) / f"{task}.json"
 
+    def parts(self, run: Run) -> list[Part]:
+        """What a run makes, with the command's models."""
+        masked_lm = self.args.masked_lm
+        return run.parts(self.args.model_name, Path(masked_lm).name if masked_lm else "")
+
     def _task(self, task: str) -> tuple[TaskData, StageData]:
         if task == self.task:
             return self.data, self.encoded
@@ -303,13 +332,13 @@ class Session:
 
     def missing(self, run: Run) -> bool:
         """Whether there is no result of this run with today's settings."""
-        wanted = (run.recipe, run.seed, run.parts(self.args.model_name)[-1].folder)
+        wanted = (run.recipe, run.seed, self.parts(run)[-1].folder)
         found = ((r["recipe"], r["seed"], r["weights"]) for r in self.records())
         return wanted not in found
 
     def run(self, run: Run) -> dict[str, Any]:
         """Make what is not there, evaluate, write the results, delete what nobody needs."""
-        parts = run.parts(self.args.model_name)
+        parts = self.parts(run)
         for part in parts:
             self._make(part, run.seed)
         record = self._evaluate(run, parts)
@@ -330,6 +359,9 @@ class Session:
                 assert part.student is not None
                 student = self.work / part.student.folder
                 rewire_checkpoint(student, self.encoded, folder, progress=False)
+            elif part.stage == "augment":
+                with whole_folder(folder) as aside:
+                    self._augmented(part, aside)
             elif part.stage in ("start", "finetune"):
                 source = self.work / part.student.folder if part.student else self.args.model
                 data, encoded = self._task(part.settings["task"])
@@ -338,6 +370,13 @@ class Session:
                 self._train(part, folder)
         finally:  # of an interrupted stage too: its next session adds its own
             self._count(part.folder, time.perf_counter() - start)
+
+    def _augmented(self, part: Part, folder: Path) -> StageData:
+        options = Augmentation(copies=part.settings["copies"], seed=part.settings["seed"])
+        file, masked_lm = folder / "examples.json", self.args.masked_lm
+        return augmented(
+            self.data.train, self.encoded, masked_lm, options, MAX_LENGTH, file, progress=False
+        )
 
     def _train(self, part: Part, folder: Path) -> None:
         assert part.student is not None
@@ -348,7 +387,9 @@ class Session:
         run_stage(
             stage,
             load_model(self.work / part.student.folder),
-            self.encoded,
+            self._augmented(part.texts, self.work / part.texts.folder)
+            if part.texts
+            else self.encoded,
             folder,
             _options(part.settings["training"]),
             load_model(self.work / part.teacher.folder) if part.teacher else None,
@@ -407,11 +448,11 @@ class Session:
         write_aside(self.file, json.dumps(result, indent=2) + "\n")
 
     def _clean(self, seed: int) -> None:
-        """Delete this seed's folders that no missing run starts from; teachers stay."""
+        """Delete this seed's folders that no missing run starts from; teachers and texts stay."""
         runs = {recipe: Run(self.task, seed, recipe) for recipe in RECIPES}
-        all_parts = {r: run.parts(self.args.model_name) for r, run in runs.items()}
-        teachers = ("start", "finetune")
-        needed = {p.folder for parts in all_parts.values() for p in parts if p.stage in teachers}
+        all_parts = {r: self.parts(run) for r, run in runs.items()}
+        kept = ("start", "finetune", "augment")
+        needed = {p.folder for parts in all_parts.values() for p in parts if p.stage in kept}
         for recipe, parts in all_parts.items():
             if self.missing(runs[recipe]):
                 needed |= {part.folder for part in parts}
@@ -456,6 +497,8 @@ def run_missing(args: argparse.Namespace) -> None:
     for recipe in args.recipes:
         if absent := RECIPES[recipe].unsupported:
             print(f"skipped: {recipe} needs the option {', '.join(absent)}, not in this version")
+        elif RECIPES[recipe].copies and not args.masked_lm:
+            print(f"skipped: {recipe} needs --masked-lm")
         else:
             recipes.append(recipe)
     sessions = {task: Session(args, task) for task in args.tasks}
@@ -532,6 +575,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="pretrained encoder: folder or hub id")
     parser.add_argument(
         "--model-name", help="of it, in results and for weights in WORK (default its last part)"
+    )
+    parser.add_argument(
+        "--masked-lm", help="for recipes that augment: folder or hub id (`masked_lm.py` makes one)"
     )
     parser.add_argument("--work", help="folder for weights")
     parser.add_argument("--tasks", type=names(list(EPOCHS)), default=list(EPOCHS))

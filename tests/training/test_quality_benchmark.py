@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import random
+import re
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
 
 from dynabert_fast.training import RECIPES, Distillation, ElasticTrainer, TrainingOptions
 from dynabert_fast.training.schedules import Schedule
@@ -271,6 +273,55 @@ def test_a_teacher_that_starts_from_another_tasks(command, quality, monkeypatch,
     # AdamW moves a weight by the rate a step at most, nine times 1e-9; training at 1e-4 by more.
     torch.testing.assert_close(*encoders, rtol=0, atol=1e-7)
     assert set(record["seconds"]) >= {"start", "finetune"}
+
+
+@pytest.fixture(scope="module")
+def masked_lm():
+    yield _load("masked_lm")
+    del sys.modules["masked_lm"]
+
+
+def test_augmentation_by_a_masked_language_model_that_is_made_here(
+    command, masked_lm, tokenizer, tmp_path, monkeypatch, capsys
+):
+    assert command("--seeds=1", "--recipes=augmented") == []
+    assert "skipped: augmented needs --masked-lm" in capsys.readouterr().out
+    made, texts = tmp_path / "words", tmp_path / "texts"
+    (texts / "trec").mkdir(parents=True)
+    sentence = " ".join([word for word in tokenizer.vocab if word.isalpha()][:4])
+    rows = [f"A:x {sentence}", f"B:x {sentence}"] * 40
+    for name in ("train_5500", "TREC_10"):
+        (texts / "trec" / f"{name}.label").write_text("\n".join(rows) + "\n")
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 24, "num_attention_heads": 4}
+    BertModel(BertConfig(**sizes, num_hidden_layers=2, intermediate_size=40)).save_pretrained(texts)
+    tokenizer.save_pretrained(texts)
+    given = [f"--data-dir={texts}", f"--model={texts}", f"--output={made}"]
+    assert masked_lm.main([*given, "--tasks=trec", "--epochs=30", "--rate=0.003"]) == 0
+    said = re.findall(r"(\d[\d.]*) (?:texts|of masked)", capsys.readouterr().out)
+    count, before, after = map(float, said)
+    assert count == 80
+    assert before < 0.5 < 0.8 < after, "a word's place tells it"
+    steps, step = [], ElasticTrainer.training_step
+
+    def counted(self, *args):
+        steps.append(len(self.subnets))
+        return step(self, *args)
+
+    monkeypatch.setattr(ElasticTrainer, "training_step", counted)
+    found = command("--seeds=2", "--recipes=augmented", f"--masked-lm={made}")
+    assert [record["seed"] for record in found] == [1, 2]
+    (folder,) = (tmp_path / "work/trec").glob("augment-*")
+    examples = json.loads((folder / "examples.json").read_text())
+    assert 48 < len(examples["texts"]) <= 24 * 4
+    assert steps.count(12) == 2 * 2 * -(-len(examples["texts"]) // 8), "seeds, epochs, batches of 8"
+    assert found[0]["settings"]["augment"] == {"masked_lm": "words", "copies": 3, "seed": 0}
+
+
+def test_a_masked_language_model_is_not_written_over_what_is_there(masked_lm, tmp_path, capsys):
+    (tmp_path / "mine").write_text("")
+    given = ["--data-dir", str(tmp_path), "--model", "m", "--output", str(tmp_path)]
+    assert masked_lm.main(given) == 1
+    assert "is not empty" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_does_not_stop_the_others(command, quality, monkeypatch, capsys):

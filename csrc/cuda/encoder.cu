@@ -8,7 +8,9 @@ namespace dynabert::cuda {
 namespace {
 
 void check(cudaError_t code, const char* what) {
-  if (code != cudaSuccess) throw CudaError(std::string(what) + ": " + cudaGetErrorString(code));
+  if (code == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch that asks for it would take it for its own
+  throw CudaError(std::string(what) + ": " + cudaGetErrorString(code));
 }
 
 using Kernel = void (*)(Encoder);

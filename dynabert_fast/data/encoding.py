@@ -88,6 +88,11 @@ class EncodedDataset(Dataset[dict[str, Any]]):
             item["token_type_ids"] = self._types[row].tolist()
         return item | {"attention_mask": [1] * self.lengths[index], "labels": self.labels[index]}
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id, -1 without tokens."""
+        return int(self._ids.max(initial=-1))
+
     def digest(self) -> str:
         """A short hash of all examples."""
         parts = [self._starts, self._ids, *(() if self._types is None else [self._types])]

@@ -25,6 +25,7 @@ from dynabert_fast.engine.cpu import EngineOutput
 from dynabert_fast.engine.persistent import PersistentLayers
 from dynabert_fast.errors import InputError
 from dynabert_fast.models.packed import PackedSequences
+from dynabert_fast.ops.choices import exclusive
 from dynabert_fast.subnet import Subnet
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -131,6 +132,9 @@ class GpuEngine:
         self._buffers: dict[Bucket, _Buffers] = {}
         self._graphs: OrderedDict[tuple[Bucket, Subnet], _Graph] = OrderedDict()
         self._on_gpu = self._device.type == "cuda"
+        # Graphs are made on a stream of the engine's own: torch's default for it is on the GPU that
+        # first captured one, and a capture there holds nothing of another GPU.
+        self._stream = torch.cuda.Stream(self._device) if self._on_gpu else None
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
         self._turn = threading.Lock()
         self._last: Any = None  # event: the call before is done with the buffers
@@ -245,7 +249,7 @@ class GpuEngine:
             graph = self._graph(buffers, subnet)
         except torch.OutOfMemoryError:
             # The memory that older graphs hold may be all that is missing.
-            self.clear()
+            self._clear()
             return self._plain(ids, mask, types, positions, subnet, False)
         results = graph()
         output = self._take(results, packed, (batch, length), sum(counts))
@@ -266,7 +270,8 @@ class GpuEngine:
         default = packed.indices is None and types is None and positions is None
         layout = (batch, length) if default and not self.config.is_roberta else None
         if layout is not None and buffers.layout == layout:
-            buffers.ids[: batch * length].copy_(ids.flatten(), non_blocking=True)
+            # Pinned memory is the caller's, who may fill it anew once the call has returned.
+            buffers.ids[: batch * length].copy_(ids.flatten(), non_blocking=not ids.is_pinned())
             return
         buffers.layout = layout
         if positions is None:
@@ -296,7 +301,7 @@ class GpuEngine:
             return self._graphs[key]
         while len(self._graphs) >= self._most_graphs:
             self._graphs.popitem(last=False)
-        graph = _Graph(lambda: self._compute(buffers, subnet), self._pool)
+        graph = _Graph(lambda: self._compute(buffers, subnet), self._pool, self._stream)
         self._graphs[key] = graph
         return graph
 
@@ -348,6 +353,10 @@ class GpuEngine:
 
     def clear(self) -> None:
         """Forget all graphs and give their memory back."""
+        with self._turn:
+            self._clear()
+
+    def _clear(self) -> None:
         self._graphs.clear()
         self._buffers.clear()
         if self._on_gpu:
@@ -359,21 +368,26 @@ class GpuEngine:
 class _Graph:
     """A computation on fixed memory: captured on a GPU, simply called elsewhere."""
 
-    def __init__(self, compute: Callable[[], _Results], pool: Any) -> None:
+    def __init__(
+        self, compute: Callable[[], _Results], pool: Any, stream: torch.cuda.Stream | None
+    ) -> None:
         self._compute = compute
         self._graph: torch.cuda.CUDAGraph | None = None
-        if pool is None:
+        if stream is None:
             return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # What other threads ask of the device meanwhile is no part of the graph.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._results = compute()
+        callers = torch.cuda.current_stream(stream.device)
+        with exclusive:  # torch captures one graph at a time in a process
+            stream.wait_stream(callers)
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    compute()
+            callers.wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            # What other threads ask of the device meanwhile is no part of the graph.
+            with torch.cuda.graph(
+                self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                self._results = compute()
 
     def __call__(self) -> _Results:
         if self._graph is None:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from dynabert_fast.engine.native import cuda_module
 from dynabert_fast.errors import InputError
-from dynabert_fast.ops.choices import may_measure
+from dynabert_fast.ops.choices import exclusive, may_measure
+from dynabert_fast.ops.cuda import why_not_built
 from dynabert_fast.subnet import Subnet
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ class PersistentLayers:
             another GPU than the current one, to plan for it.
 
     Raises:
-        InputError: The module `_cuda` is not available, or a type is another.
+        InputError: The module `_cuda` is not available, or not built for this GPU, or a type is
+            another.
     """
 
     def __init__(
@@ -102,6 +104,9 @@ class PersistentLayers:
         if weights not in WEIGHTS:
             raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
         self._module = cuda_module()
+        on = encoder.device
+        if device is None and on.type == "cuda" and (reason := why_not_built(on)) is not None:
+            raise InputError(f"the persistent kernel {reason}")
         self._config = encoder.config
         if encoder.dtype != torch.bfloat16:
             raise InputError(f"the persistent kernel computes in bf16, got {encoder.dtype}")
@@ -184,11 +189,12 @@ class PersistentLayers:
         times: dict[int, float] = {}
         plans: dict[int, Any] = {}
         scratch = x.clone()
-        for rows in self._module.tile_rows:
-            with contextlib.suppress(ValueError):  # does not fit this card
-                plans[rows] = plan = self._make_plan(*key, tile_rows=rows)
-                run = functools.partial(self._run, plan, scratch, offsets)
-                times[rows] = do_bench(run, warmup=2, rep=10, return_mode="median")
+        with exclusive:
+            for rows in self._module.tile_rows:
+                with contextlib.suppress(ValueError):  # does not fit this card
+                    plans[rows] = plan = self._make_plan(*key, tile_rows=rows)
+                    run = functools.partial(self._run, plan, scratch, offsets)
+                    times[rows] = do_bench(run, warmup=2, rep=10, return_mode="median")
         best = min(times, key=lambda rows: times[rows])
         logger.info("persistent kernel for %s: tiles of %d rows, of %s ms", key, best, times)
         return plans[best]

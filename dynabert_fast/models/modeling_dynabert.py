@@ -619,7 +619,8 @@ class DynaBertModel(DynaBertPreTrainedModel):
                 raise InputError(f"{name} must be int32 or int64, got {ids.dtype}; use .long()")
             if ids.shape != input_ids.shape:
                 raise InputError(f"{name} must be {list(input_ids.shape)}, got {list(ids.shape)}")
-            # On a GPU this check would synchronise; there an id out of range is a device assertion.
+            # On a GPU this check would synchronise; there an id out of range has results that are
+            # NaN (Triton) or is a device assertion (torch).
             if ids.device.type != "cpu" or not ids.numel() or _compiling():
                 continue
             low, high = ids.aminmax()

@@ -114,7 +114,7 @@ def _read_mask(shape: tuple[int, int], mask: Tensor) -> tuple[Tensor, Tensor, li
         raise InputError(f"attention_mask must be {list(shape)}, got {list(mask.shape)}")
     mask = mask != 0
     lengths = mask.sum(1, dtype=torch.int32)
-    counts = lengths.tolist()  # the only synchronisation of a forward pass
+    counts = lengths.tolist()  # all that a forward pass of one sub-network waits for
     if shape[0] and min(counts) == 0:
         raise InputError(f"attention_mask leaves no token in row {counts.index(0)}; drop the row")
     return mask, lengths, counts
@@ -208,7 +208,7 @@ class MixedBatch:
             else:
                 done = lanes[-1].rows.stop if lanes else 0
                 lanes.append(Lane(subnets[i], [counts[i]], done))
-        on = torch.tensor(order, dtype=torch.int64, device=device)
+        on = _send(order, torch.int64, device)
         positions = torch.arange(batch * length, device=device).view(batch, length)[on]
         indices = positions.flatten() if mask is None else positions[mask[on]]
         lengths = [count for lane in lanes for count in lane.lengths]
@@ -270,4 +270,12 @@ def _rank(subnet: Subnet) -> tuple[object, ...]:
 
 
 def _offsets(lengths: list[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
+    return _send([0, *itertools.accumulate(lengths)], torch.int32, device)
+
+
+def _send(values: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """To a device, without waiting for it."""
+    found = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        found = found.pin_memory()
+    return found.to(device, non_blocking=True)

@@ -141,7 +141,8 @@ def attention(
     Args:
         qkv: `[T, >= max(heads) * 3 * d]`, head-major: q, k and v of head 0, then of head 1, ...
         offsets: `[B + 1]` int32 or int64: sequence b is the rows `offsets[b]` to `offsets[b + 1]`;
-            from 0, ascending. Rows behind the last sequence belong to none.
+            from 0, ascending. Rows behind the last sequence belong to none; their results are
+            unspecified, and where there are gradients there may be no such rows.
         max_length: Length of the longest sequence, at most 65536.
         head_size: d; the scale is `d ** -0.5` whatever the extent.
         heads: Active heads; one int or one per block of sequences.
@@ -167,6 +168,14 @@ def attention(
     available = qkv.shape[1] // (3 * head_size)
     extents, sequences = _blocks(heads, sequences, offsets.shape[0] - 1, available)
     _check(max_length <= 1 << 16, "max_length must be at most 65536, got {}", max_length)
+    trained = torch.is_grad_enabled() and qkv.requires_grad
+    if trained and offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check(
+            int(offsets[-1]) == qkv.shape[0],
+            "attention has gradients only where offsets end at the last row of qkv {}, got {}",
+            qkv,
+            int(offsets[-1]),
+        )
     seed = _seed(p, seed)
     (qkv,) = _autocast(qkv)
     return autograd.attention(qkv, offsets, max_length, extents, sequences, head_size, p, seed)

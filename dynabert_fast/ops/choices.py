@@ -12,12 +12,17 @@ import json
 import os
 import re
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
 
 TUNE_VARIABLE = "DYNABERT_FAST_TUNE"
 CACHE_VARIABLE = "DYNABERT_FAST_CACHE"
+
+#: Held by the one thread that measures or captures a graph. A measurement waits for the whole
+#: device, which ends another thread's capture; and what is measured may have choices of its own.
+exclusive = threading.RLock()
 
 
 def table_file(kind: str, device: torch.device, library: str) -> Path:

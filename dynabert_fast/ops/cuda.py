@@ -16,7 +16,6 @@ import functools
 import logging
 import re
 import sysconfig
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from dynabert_fast.engine.native import cuda_module
 from dynabert_fast.errors import InputError
-from dynabert_fast.ops.choices import may_measure, read, save, table_file
+from dynabert_fast.ops.choices import exclusive, may_measure, read, save, table_file
 from dynabert_fast.ops.registry import Backend, backends, forced_backend, register
 
 logger = logging.getLogger(__name__)
@@ -59,9 +58,12 @@ def _stream(device: torch.device) -> int:
 
 
 def _workspace(device: torch.device, stream: int) -> Tensor:
-    """Memory for one call at a time of a stream; a graph that is being captured gets its own."""
+    """Memory for one call at a time of a stream.
+
+    A graph that is being captured gets its own: it may be replayed on another stream.
+    """
     key = device, stream
-    if key in _workspaces:
+    if not torch.cuda.is_current_stream_capturing() and key in _workspaces:
         return _workspaces[key]
     new = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
     if not torch.cuda.is_current_stream_capturing():
@@ -70,12 +72,18 @@ def _workspace(device: torch.device, stream: int) -> Tensor:
 
 
 def _address(x: Tensor | None) -> tuple[int, int]:
-    """Of the first value, and elements between rows."""
-    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+    """Of the first value, and elements between rows: of a single row, torch may say anything."""
+    return (0, 0) if x is None else (x.data_ptr(), max(x.stride(0), x.shape[1]))
 
 
 def _adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """Where the library may load 16 bytes at a time: it is not told how a bias lies."""
+    bias = bias.contiguous()
+    return bias if bias.data_ptr() % 16 == 0 else bias.clone()
 
 
 def _matmul(
@@ -161,7 +169,7 @@ def expand(
 ) -> Result | None:
     """As `reference.expand`, of one extent."""
     (k,) = extents
-    x, weight, bias = _adjacent(x), _adjacent(weight), bias.contiguous()
+    x, weight, bias = _adjacent(x), _adjacent(weight), _aligned(bias)
     out, empty = x.new_empty(x.shape[0], k), x.new_empty(0)
     used = weight[:k]
     if not activation:
@@ -215,7 +223,7 @@ def contract(
 ) -> Result | None:
     """As `reference.contract`, of one extent."""
     (k,) = extents
-    x, weight_t, bias = _adjacent(x)[:, :k], _adjacent(weight_t), bias.contiguous()
+    x, weight_t, bias = _adjacent(x)[:, :k], _adjacent(weight_t), _aligned(bias)
     out = x.new_empty(x.shape[0], weight_t.shape[1])
     return out if _matmul(weight_t[:k], False, x, False, out, "bias", bias) else None
 
@@ -249,7 +257,6 @@ def contract_backward(
 # --- Triton or the library ------------------------------------------------------------------------
 
 _TRITON, _CUBLASLT = "triton", "cublaslt"
-_lock = threading.RLock()
 #: Choices of this process by device, op and sizes: found without making a name or a path.
 _known: dict[tuple[Any, ...], str] = {}
 #: What the library failed with. It is then not asked again, unless it is forced.
@@ -279,7 +286,7 @@ def choose(
         return default
     from triton.testing import do_bench
 
-    with _lock:
+    with exclusive:
         times = {}
         for candidate, run in candidates.items():
             if run() is not None:  # Triton chooses its configuration, the library its algorithm
@@ -334,9 +341,16 @@ def _kernel(name: str) -> Callable[..., Any]:
     x_at, _, extents_at = _PLACES[name]
 
     def call(*args: Any) -> Any:
-        extents = args[extents_at]
+        device = args[x_at].device
         if not args[x_at].shape[0]:
             return backends()["reference"].kernels[name](*args)
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return on_current(*args)
+        with torch.cuda.device(device):  # handles, launches and measurements are the current one's
+            return on_current(*args)
+
+    def on_current(*args: Any) -> Any:
+        extents = args[extents_at]
         if forced_backend() == "cuda":
             return _forced(name, args, extents)
         triton = backends()["triton"].kernels[name]
@@ -369,21 +383,28 @@ def fits(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why cuBLASLt computes nothing on a GPU, `None` where it does."""
+def why_not_built(device: torch.device) -> str | None:
+    """Why the module `_cuda` has no code for a GPU, `None` where it has."""
     try:
-        module = cuda_module()
+        architectures = cuda_module().architectures
     except InputError as error:
         return f"is not built: {error}"
     capability = torch.cuda.get_device_capability(device)
-    if not fits(module.architectures, capability):
-        return (
-            f"is built for {module.architectures}, this GPU is {capability[0]}.{capability[1]}: "
-            "name it in TORCH_CUDA_ARCH_LIST and install again"
-        )
+    if fits(architectures, capability):
+        return None
+    return (
+        f"is built for {architectures}, this GPU is {capability[0]}.{capability[1]}: "
+        "name it in TORCH_CUDA_ARCH_LIST and install again"
+    )
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why cuBLASLt computes nothing on a GPU, `None` where it does."""
+    if (reason := why_not_built(device)) is not None:
+        return reason
     try:
         _library()
-    except module.MatmulError as error:
+    except cuda_module().MatmulError as error:
         return f"has no library: {error}"
     return None
 

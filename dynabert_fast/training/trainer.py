@@ -31,7 +31,7 @@ from dynabert_fast.data import (
     LengthGroupedSampler,
     TokenBudgetSampler,
 )
-from dynabert_fast.errors import SaveError
+from dynabert_fast.errors import InputError, SaveError
 from dynabert_fast.evaluation.grid import make_batches, score_grid, total_score
 from dynabert_fast.files import is_write_failure, save_error, whole_folder, write_manifest
 from dynabert_fast.models import DynaBertForSequenceClassification
@@ -83,6 +83,9 @@ class ElasticTrainer(Trainer):
             Fewer need less memory for activations and more time.
         save_every: Also save a checkpoint every so many steps (0: only after each epoch).
         **kwargs: Of `transformers.Trainer`.
+
+    Raises:
+        InputError: Examples have token ids that the model does not have.
     """
 
     def __init__(
@@ -104,6 +107,12 @@ class ElasticTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         assert (teacher is None) == (recipe is None), "a teacher and a recipe go together"
+        largest = max(train_dataset.largest_id, eval_dataset.largest_id)
+        if largest >= model.config.vocab_size:  # a GPU would not say so
+            raise InputError(
+                f"token ids must be in 0 to {model.config.vocab_size - 1}, got {largest}; is this "
+                "the checkpoint's own tokenizer?"
+            )
         # The Trainer would use DataParallel, which cannot split packed sequences.
         if args.n_gpu > 1:
             _logger.warning(

@@ -528,7 +528,7 @@ def _kind(dtype: torch.dtype) -> str:
     """What configurations depend on; of float32, the way in which it is multiplied."""
     if dtype != torch.float32:
         return "half"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _block_d(head_size: int) -> int:
@@ -574,7 +574,7 @@ def _constants(
 
 @functools.lru_cache(maxsize=256)
 def _sequence_table(
-    heads: tuple[int, ...], sequences: tuple[int, ...], device: torch.device
+    heads: tuple[int, ...], sequences: tuple[int, ...], device: torch.device, stream: int
 ) -> Tensor:
     """`[B, 2]` int32: the first sequence of each sequence's block, and its heads."""
     rows, start = [], 0
@@ -610,7 +610,8 @@ class _Call:
         self.key = (common.type_name(dtype), self.kind, head_size, common.bucket(max_length))
         table = None
         if staircase:
-            table = _sequence_table(tuple(heads), tuple(sequences), offsets.device)
+            stream = common.stream_of(offsets.device)
+            table = _sequence_table(tuple(heads), tuple(sequences), offsets.device, stream)
         self.places = (offsets.contiguous(), table, seed)
         p = p if dropout else 0.0
         self.numbers = (max(heads), head_size**-0.5, round(p * 2**32), 1 / (1 - p))

@@ -83,8 +83,15 @@ def activation_slope(x, ACTIVATION: tl.constexpr):
 # --- row blocks -----------------------------------------------------------------------------------
 
 
-# Tables are kept: making one costs the host more than a launch, and its copy to the device waits
-# for the device. A first call inside the capture of a graph would copy; engines warm up before.
+# Tables are kept: making one costs the host more than a launch. They are kept for a stream each, as
+# nothing orders the copy to the device before what other streams do. A first call inside the
+# capture of a graph would copy, and the graph would need the table for as long as it lives: engines
+# capture calls of one extent, which have no table.
+def stream_of(device: torch.device) -> int:
+    """The current stream, where calls on a device go."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def table(rows: list[tuple[int, ...]], columns: int, device: torch.device) -> Tensor:
     """`[rows, columns]` int32 on the device, without waiting for it: every batch has its own."""
     found = torch.tensor(rows, dtype=torch.int32).reshape(-1, columns)
@@ -100,12 +107,12 @@ def row_tiles(
 
     Widest first: a long sum that starts last would be waited for.
     """
-    return _row_tiles(tuple(extents), tuple(rows), block, device)
+    return _row_tiles(tuple(extents), tuple(rows), block, device, stream_of(device))
 
 
 @functools.lru_cache(maxsize=256)
 def _row_tiles(
-    extents: tuple[int, ...], rows: tuple[int, ...], block: int, device: torch.device
+    extents: tuple[int, ...], rows: tuple[int, ...], block: int, device: torch.device, stream: int
 ) -> Tensor:
     tiles, start = [], 0
     for extent, count in zip(extents, rows, strict=True):
@@ -117,11 +124,13 @@ def _row_tiles(
 
 def row_blocks(extents: Sequence[int], rows: Sequence[int], device: torch.device) -> Tensor:
     """`[blocks, 3]` int32, as `row_tiles` with one tile a block; empty blocks are left out."""
-    return _row_blocks(tuple(extents), tuple(rows), device)
+    return _row_blocks(tuple(extents), tuple(rows), device, stream_of(device))
 
 
 @functools.lru_cache(maxsize=256)
-def _row_blocks(extents: tuple[int, ...], rows: tuple[int, ...], device: torch.device) -> Tensor:
+def _row_blocks(
+    extents: tuple[int, ...], rows: tuple[int, ...], device: torch.device, stream: int
+) -> Tensor:
     blocks, start = [], 0
     for extent, count in zip(extents, rows, strict=True):
         if count:

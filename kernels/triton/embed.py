@@ -42,6 +42,7 @@ from dynabert_fast.kernels.residual_norm import (
 # Places of a chunk: pieces are [3 T / 32, 2, D] float32, an eighth of the three times that grad_z
 # is read, in bf16. Columns of a program: 8 to a thread of one warp, one 16-byte access in bf16.
 _CHUNK, _COLUMNS = 32, 256
+_KEYS = Config.of(warps=4, BLOCK=256)
 _RUNS = Config.of(warps=1, CHUNK=_CHUNK)
 _JOIN = Config.of(warps=4, CHUNK=_CHUNK, BLOCK=32)
 
@@ -62,6 +63,9 @@ def _forward(
     rstd,
     seed,  # None: no dropout
     tokens,
+    words,
+    token_types,
+    positions,
     word_stride,
     token_type_stride,
     position_stride,
@@ -77,9 +81,13 @@ def _forward(
     columns = tl.arange(0, BLOCK_D)
     real = rows < tokens
     inside = real[:, None] & (columns < D)[None, :]
-    value = _gather(input_ids, word, word_stride, rows, columns, real, inside)
-    value += _gather(token_type_ids, token_type, token_type_stride, rows, columns, real, inside)
-    value += _gather(position_ids, position, position_stride, rows, columns, real, inside)
+    value = _gather(input_ids, word, words, word_stride, rows, columns, real, inside)
+    value += _gather(
+        token_type_ids, token_type, token_types, token_type_stride, rows, columns, real, inside
+    )
+    value += _gather(
+        position_ids, position, positions, position_stride, rows, columns, real, inside
+    )
     rounded = value.to(z.dtype.element_ty)
     out, row_mean, row_rstd = normalise(
         rounded.to(tl.float32), inside, columns, weight, bias, eps, D
@@ -94,15 +102,43 @@ def _forward(
 
 
 @triton.jit
-def _gather(ids, table, stride, rows, columns, real, inside):
-    """Rows of a table, float32."""
+def _gather(ids, table, count, stride, rows, columns, real, inside):
+    """Rows of a table, float32; NaN where there is no such row, as nothing here can raise."""
     row = tl.load(ids + rows, mask=real, other=0).to(tl.int64)
-    return tl.load(table + row[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
+    there = ((row >= 0) & (row < count))[:, None]
+    at = table + row[:, None] * stride + columns[None, :]
+    value = tl.load(at, mask=inside & there, other=0.0).to(tl.float32)
+    return tl.where(there, value, float("nan"))
 
 
-@triton.jit(do_not_specialize=["tokens", "vocabulary", "token_types"])
+@triton.jit(do_not_specialize=["tokens", "vocabulary", "token_types", "positions"])
+def _make_keys(
+    input_ids,
+    token_type_ids,
+    position_ids,
+    keys,
+    tokens,
+    vocabulary,
+    token_types,
+    positions,
+    BLOCK: tl.constexpr,
+):
+    """Rows of the one table that holds all three; of an id that has none, the row behind it."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = at < tokens
+    end = vocabulary + token_types + positions
+    row = tl.load(input_ids + at, mask=real, other=0).to(tl.int64)
+    key = tl.where((row >= 0) & (row < vocabulary), row, end)
+    tl.store(keys + at, key.to(tl.int32), mask=real)
+    row = tl.load(token_type_ids + at, mask=real, other=0).to(tl.int64)
+    key = tl.where((row >= 0) & (row < token_types), row + vocabulary, end)
+    tl.store(keys + tokens + at, key.to(tl.int32), mask=real)
+    row = tl.load(position_ids + at, mask=real, other=0).to(tl.int64)
+    key = tl.where((row >= 0) & (row < positions), row + vocabulary + token_types, end)
+    tl.store(keys + 2 * tokens + at, key.to(tl.int32), mask=real)
+
+
+@triton.jit(do_not_specialize=["tokens", "vocabulary", "token_types", "positions"])
 def _sum_runs(
     keys,
     order,
@@ -114,6 +150,7 @@ def _sum_runs(
     tokens,
     vocabulary,
     token_types,
+    positions,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -144,8 +181,9 @@ def _sum_runs(
             if after != key:
                 if begun:
                     _store(
-                        word, token_type, position, key, vocabulary, token_types, total, columns, D
-                    )
+                        word, token_type, position, key, vocabulary, token_types, positions,
+                        total, columns, D,
+                    )  # fmt: skip
                 else:
                     tl.store(piece, total, mask=columns < D)
                 total = tl.zeros([BLOCK_C], tl.float32)
@@ -167,9 +205,18 @@ def _row(order, grad_z, place, tokens, columns, D: tl.constexpr):
 
 @triton.jit
 def _store(
-    word, token_type, position, key, vocabulary, token_types, total, columns, D: tl.constexpr
+    word,
+    token_type,
+    position,
+    key,
+    vocabulary,
+    token_types,
+    positions,
+    total,
+    columns,
+    D: tl.constexpr,
 ):
-    """Store a run's sum as the row of the table that its key is of."""
+    """Store a run's sum as the row of the table that its key is of, if it is of any."""
     total = total.to(word.dtype.element_ty)
     if key < vocabulary:
         tl.store(word + key.to(tl.int64) * D + columns, total, mask=columns < D)
@@ -179,10 +226,11 @@ def _store(
             tl.store(token_type + row.to(tl.int64) * D + columns, total, mask=columns < D)
         else:
             row -= token_types
-            tl.store(position + row.to(tl.int64) * D + columns, total, mask=columns < D)
+            if row < positions:
+                tl.store(position + row.to(tl.int64) * D + columns, total, mask=columns < D)
 
 
-@triton.jit(do_not_specialize=["tokens", "vocabulary", "token_types"])
+@triton.jit(do_not_specialize=["tokens", "vocabulary", "token_types", "positions"])
 def _join_runs(
     keys,
     pieces,
@@ -192,6 +240,7 @@ def _join_runs(
     tokens,
     vocabulary,
     token_types,
+    positions,
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -218,7 +267,9 @@ def _join_runs(
             goes_on = tl.min(mine.to(tl.int32), 0) == 1
             chunks += BLOCK
         total += tl.sum(later, 0)
-        _store(word, token_type, position, key, vocabulary, token_types, total, columns, D)
+        _store(
+            word, token_type, position, key, vocabulary, token_types, positions, total, columns, D
+        )
 
 
 def embed(
@@ -237,7 +288,8 @@ def embed(
     """`dropout(LayerNorm(z))` of the three embeddings' sum z; also z, mean and 1/std.
 
     Args:
-        input_ids: `[T]` integers, as are the other ids.
+        input_ids: `[T]` integers, as are the other ids; a token with one that has no row in its
+            table has a result that is NaN, and adds nothing to the gradients.
         token_type_ids: `[T]`.
         position_ids: `[T]`.
         word: `[V, D]`, fp32, bf16 or fp16, as are the other four.
@@ -261,7 +313,8 @@ def embed(
     def launch(config: Config) -> None:
         _forward[(triton.cdiv(tokens, config["TILE"] // block),)](
             *ids, word, token_type, position, weight, bias, y, z, mean, rstd, seed, tokens,
-            word.stride(0), token_type.stride(0), position.stride(0), eps, *dropout_arguments(p),
+            word.shape[0], token_type.shape[0], position.shape[0], word.stride(0),
+            token_type.stride(0), position.stride(0), eps, *dropout_arguments(p),
             hidden, block, **config.arguments,
         )  # fmt: skip
 
@@ -293,12 +346,12 @@ def embed_backward(
     tokens, hidden = z.shape
     tables = [z.new_zeros(rows, hidden) for rows in (vocabulary, token_types, positions)]
     if tokens:
-        # Rows of the one table that holds all three.
-        places = torch.empty(3, tokens, dtype=torch.int32, device=z.device)
-        places[0].copy_(input_ids)
-        torch.add(token_type_ids, vocabulary, out=places[1])
-        torch.add(position_ids, vocabulary + token_types, out=places[2])
-        _table_gradients(grad_z, places.view(-1), tables)
+        keys = torch.empty(3 * tokens, dtype=torch.int32, device=z.device)
+        ids = [i.contiguous() for i in (input_ids, token_type_ids, position_ids)]
+        _make_keys[(triton.cdiv(tokens, _KEYS["BLOCK"]),)](
+            *ids, keys, tokens, vocabulary, token_types, positions, **_KEYS.arguments
+        )
+        _table_gradients(grad_z, keys, tables)
     return *tables, grad_weight, grad_bias
 
 
@@ -310,7 +363,7 @@ def _table_gradients(grad_z: Tensor, keys: Tensor, tables: list[Tensor]) -> None
     pieces = torch.empty(chunks, 2, hidden, dtype=torch.float32, device=grad_z.device)
     columns = min(triton.next_power_of_2(hidden), _COLUMNS)
     grid = (chunks, triton.cdiv(hidden, columns))
-    rows = (tokens, tables[0].shape[0], tables[1].shape[0])
+    rows = (tokens, *(table.shape[0] for table in tables))
     _sum_runs[grid](
         keys, order, grad_z, pieces, *tables, *rows, hidden, BLOCK_C=columns, **_RUNS.arguments
     )
@@ -342,8 +395,14 @@ def bytes_and_flops(
     return moved, 2 * (7 + 3) * values
 
 
+_COUNTS = ("vocabulary", "token_types", "positions")
+
+
 def specimens() -> Iterator[Specimen]:
-    """The forward as `residual_norm`'s; the two kernels of the tables' gradients."""
+    """The forward as `residual_norm`'s; the three kernels of the tables' gradients."""
+    ids = ("input_ids", "token_type_ids", "position_ids")
+    types = dict.fromkeys(ids, "*i64") | dict.fromkeys(("tokens", *_COUNTS), "i32")
+    yield specimen(_make_keys, "embed make keys", types | {"keys": "*i32"}, {}, _KEYS)
     for kind in ("bf16", "fp16", "fp32"):
         for config in CONFIGS:
             yield _forward_specimen(kind, config, config["TILE"], True)
@@ -353,7 +412,7 @@ def specimens() -> Iterator[Specimen]:
             sizes = {"D": hidden, "BLOCK_C": min(triton.next_power_of_2(hidden), _COLUMNS)}
             tensors = ("grad_z", "word", "token_type", "position")
             types = dict.fromkeys(tensors, f"*{kind}")
-            types |= dict.fromkeys(("tokens", "vocabulary", "token_types"), "i32")
+            types |= dict.fromkeys(("tokens", *_COUNTS), "i32")
             types |= {"keys": "*i32", "order": "*i64", "pieces": "*fp32"}
             for kernel, name, config in (
                 (_sum_runs, "sum runs", _RUNS),
@@ -368,6 +427,7 @@ def _forward_specimen(kind: str, config: Config, hidden: int, dropped: bool) -> 
     types = dict.fromkeys(ids, "*i64")
     types |= dict.fromkeys((*tables, "weight", "bias", "y", "z"), f"*{kind}")
     types |= {"mean": "*fp32", "rstd": "*fp32", "seed": "*i64", "tokens": "i32"}
+    types |= dict.fromkeys(("words", "token_types", "positions"), "i32")
     types |= {"eps": "fp32", "threshold": "i64", "scale": "fp32"}
     constants: dict[str, object] = {f"{t}_stride": hidden for t in tables}
     constants |= {"D": hidden, "BLOCK_D": triton.next_power_of_2(hidden)}

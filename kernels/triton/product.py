@@ -597,7 +597,7 @@ _LEAST_STEPS, _MOST_PARTS = 4, 8
 
 def _precision(dtype: torch.dtype) -> str:
     """Of float32 operands; others have one precision."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 

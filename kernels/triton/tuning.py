@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ import torch
 import triton
 
 from dynabert_fast.kernels.common import INTERPRETED, Config, set_chooser
-from dynabert_fast.ops.choices import may_measure, read, save, table_file
+from dynabert_fast.ops.choices import exclusive, may_measure, read, save, table_file
 
 logger = logging.getLogger(__name__)
 
-_lock = threading.Lock()
 #: Answers by device, kernel and key: the names that the file has take longer to make than a launch.
 _answers: dict[tuple[int, str, tuple[Any, ...]], Config] = {}
 
@@ -69,7 +67,7 @@ def choose(
         return found
     if not may_measure():
         return configs[0]
-    with _lock:
+    with exclusive:
         best, times = _measure(configs, launch)
         choices[name] = str(best)
         save(path, choices)

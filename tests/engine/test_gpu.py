@@ -209,6 +209,35 @@ def test_threads(pair, device):
     assert not wrong
 
 
+def test_to_forget_the_graphs_waits_for_the_call(make_model):
+    """A call that captures would keep a graph of buffers that are gone."""
+    engine = GpuEngine(make_model(base=True).eval(), "fp32")
+    engine([[5, 6, 7]])
+    with engine._turn:  # a call is on its way
+        thread = threading.Thread(target=engine.clear)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert engine.graphs
+    thread.join()
+    assert not engine.graphs
+
+
+@pytest.mark.gpu
+def test_a_callers_pinned_ids_are_read_before_the_call_returns(make_model):
+    engine = GpuEngine(make_model(base=True).cuda().eval(), "fp32")
+    batches = torch.randint(4, 30, (50, 8, 16))
+    want = [engine(ids).last_hidden_state for ids in batches]
+    buffer = torch.empty(8, 16, dtype=torch.int64).pin_memory()
+    busy = torch.randn(4096, 4096, device="cuda")
+    got = []
+    for ids in batches:
+        buffer.copy_(ids)
+        busy @ busy  # what a copy that is not waited for lies behind
+        got.append(engine(buffer).last_hidden_state)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -208,6 +208,14 @@ def test_a_module_that_is_not_built_is_bad_input(make_model, monkeypatch):
         GpuEngine(make_model(base=True), "bf16", persistent=True)
 
 
+def test_a_module_that_is_built_for_other_cards_is_bad_input(built, make_model, monkeypatch):
+    model = make_model(base=True, dtype=torch.bfloat16, **SIZES)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
+    with pytest.raises(InputError, match=r"kernel is built for 80.*this GPU is 7\.5: name it in"):
+        PersistentLayers(model)
+
+
 def with_steps(model) -> None:
     """The weights of products become those of int8."""
     for layer in model.encoder.layer:

@@ -124,6 +124,29 @@ def test_runs(randn, before, length):
         assert not gradient[unused].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32], indirect=True, ids=str)
+def test_ids_without_a_row(tables, dtype):
+    """Their tokens' results are NaN; they read and write nothing, and other tokens are as ever."""
+    ids, bad = [i.clone() for i in ids_of(20)], {0: (3, V), 1: (5, TYPES), 2: (11, POSITIONS)}
+    keep = torch.ones(20, dtype=torch.bool)
+    for table, (token, row) in bad.items():
+        ids[table][token], ids[table][token + 1] = row, -1
+        keep[token : token + 2] = False
+    leaves = [t.to(dtype).requires_grad_() for t in tables]
+    y = ops.embed(*ids, *leaves, EPS, 0.0, None)
+    assert y[~keep].isnan().all()
+    y[keep].square().sum().backward()
+    found = [leaf.grad for leaf in leaves[:3]]
+    others = [t.to(dtype).requires_grad_() for t in tables]
+    z = ops.embed(*(i[keep] for i in ids), *others, EPS, 0.0, None)
+    assert torch.equal(z, y[keep])
+    z.square().sum().backward()
+    for got, leaf in zip(found, others, strict=False):
+        # Of tokens that have a row elsewhere the gradient is NaN: those rows are known.
+        rows = ~got.isnan().any(1)
+        torch.testing.assert_close(got[rows], leaf.grad[rows])
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_one_id_for_all(randn, index):
     """Each table's run goes from its first place to its last: word and type meet within a chunk."""

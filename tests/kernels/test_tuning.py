@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
@@ -64,6 +65,25 @@ def test_the_fastest_is_measured_once_and_kept(clock, tmp_path):
     clock.fresh()
     assert choose(clock) == 32
     assert clock.measured == 3
+
+
+def test_what_is_measured_may_have_a_choice_of_its_own(clock, tmp_path):
+    """A product in parts adds them up by another kernel."""
+    found = []
+
+    def launch(config):
+        found.append(choose(clock, ("parts",)))
+        clock.launch(config)
+
+    def outer():
+        found.append(tuning.choose("sums", KEY, CONFIGS, launch)["BLOCK"])
+
+    thread = threading.Thread(target=outer, daemon=True)  # daemon: it once waited for itself
+    thread.start()
+    thread.join(20)
+    assert found == [32] * 4
+    (file,) = (tmp_path / "triton").iterdir()
+    assert len(json.loads(file.read_text())) == 2
 
 
 def test_another_key_is_another_choice(clock):

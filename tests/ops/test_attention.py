@@ -188,6 +188,10 @@ def test_autocast_runs_in_its_type_and_leaves_float64_alone(randn):
         ({"heads": 2, "p": 0.1}, "dropout 0.1 needs a seed"),
         ({"heads": 2, "qkv": torch.zeros(5, 2, 9)}, "got [5, 2, 9], [3]"),
         ({"heads": 2, "offsets": torch.tensor(0)}, "[], "),
+        (
+            {"heads": 2, "qkv": torch.zeros(6, HEADS * 3 * D, requires_grad=True)},
+            f"offsets end at the last row of qkv [6, {HEADS * 3 * D}], got 5",
+        ),
         ({"heads": 2, "offsets": torch.tensor([0.0, 3, 5])}, "int32 or int64, got torch.float32"),
         ({"heads": 2, "offsets": torch.zeros(3, device="meta", dtype=torch.int32)}, "cpu, meta"),
     ],

@@ -154,6 +154,33 @@ def test_views_are_not_copied(library, dtype):
     assert contracted["b"] == (wide[:, 8:].data_ptr(), 40)
 
 
+def test_one_row_and_a_bias_anywhere(library):
+    """Of one row torch may give any stride; the library would refuse one below the row."""
+    x = torch.randn(D, 1, dtype=torch.bfloat16).t()
+    assert x.stride() == (1, 1)
+    weight, biases = torch.randn(8, D, dtype=torch.bfloat16), torch.randn(9, dtype=torch.bfloat16)
+    with ops.use_backend("cuda"):
+        out = ops.expand(x, weight, biases[1:], 8)
+    (call,) = library.calls
+    assert call["b"][1] == D
+    assert call["bias"] % 16 == 0
+    with ops.use_backend("reference"):
+        torch.testing.assert_close(out, ops.expand(x, weight, biases[1:], 8))
+
+
+def test_a_graph_has_a_workspace_of_its_own(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(cuda, "_workspaces", {})
+    capturing = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    eager = cuda._workspace(device, 7)
+    assert cuda._workspace(device, 7) is eager
+    capturing.append(True)
+    assert cuda._workspace(device, 7) is not eager
+    capturing.clear()
+    assert cuda._workspace(device, 7) is eager
+
+
 def test_fused_epilogues(library):
     """The library's GELU is the tanh form: it stands in for no other."""
     x, weight, bias = (t.bfloat16() for t in inputs((5, D), (16, D), (16,)))

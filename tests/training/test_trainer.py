@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
+from dynabert_fast.errors import InputError
 from dynabert_fast.subnet import Subnet
 from dynabert_fast.training import Distillation, Schedule, TrainingOptions
 from dynabert_fast.training import trainer as module
@@ -161,6 +162,14 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(make_trainer, most, schedu
     assert_same_gradients(got, want, rtol=1e-9, atol=1e-12)
     logged = next(entry for entry in trainer.state.log_history if "train_loss" in entry)
     assert logged["train_loss"] == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_examples_of_another_tokenizer(make_trainer):
+    """Said before training starts: on a GPU nothing else would say so."""
+    with pytest.raises(
+        InputError, match=r"token ids must be in 0 to 9, got \d+; is this the check"
+    ):
+        make_trainer(vocab_size=10)
 
 
 def test_a_step_is_one_pass_over_all_subnets(make_trainer):

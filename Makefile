@@ -56,7 +56,7 @@ GPU_PYTHON ?= python3
 GPU_INSTALL = $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 gpu:  ## On a machine with a GPU: install into GPU_PYTHON, whose torch sees it, test and measure
 	$(GPU_INSTALL) || DYNABERT_FAST_CUDA=0 $(GPU_INSTALL) || DYNABERT_FAST_NATIVE=0 $(GPU_INSTALL)
-	$(GPU_PYTHON) -m benchmarks.run_gpu
+	$(GPU_PYTHON) -m benchmarks.run_gpu $(SECONDS)
 
 clean:  ## Remove the environment, build outputs and caches
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache

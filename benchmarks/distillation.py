@@ -46,6 +46,8 @@ Models = tuple[DynaBertForSequenceClassification, DynaBertForSequenceClassificat
 class Texts(Dataset[dict[str, Any]]):
     """Random tokens of given lengths."""
 
+    largest_id = 29999
+
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
         self.labels = [index % 2 for index in range(len(self.lengths))]
@@ -55,7 +57,9 @@ class Texts(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         length = self.lengths[index]
-        ids = torch.randint(1000, 30000, (length,), generator=torch.Generator().manual_seed(index))
+        ids = torch.randint(
+            1000, self.largest_id + 1, (length,), generator=torch.Generator().manual_seed(index)
+        )
         item = {"input_ids": ids.tolist(), "token_type_ids": [0] * length}
         return item | {"attention_mask": [1] * length, "labels": self.labels[index]}
 

@@ -8,8 +8,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import torch
 
 from dynabert_fast.engine import measure_peak
@@ -20,11 +21,20 @@ PAUSE = 0.06
 #: Set by `run_gpu.py`: compile kernels and measure nothing; `time.time()` at which all must end.
 COMPILE_VARIABLE = "DYNABERT_FAST_BENCH_COMPILE"
 DEADLINE_VARIABLE = "DYNABERT_FAST_BENCH_DEADLINE"
+COMPILE_ONLY = COMPILE_VARIABLE in os.environ
 
 
 def remaining() -> float:
     """Seconds that are left."""
     return float(os.environ.get(DEADLINE_VARIABLE, "inf")) - time.time()
+
+
+def compile_only(runs: Mapping[str, Callable[[], object]]) -> NoReturn:
+    """Each of them once; no more of this test."""
+    for run in runs.values():
+        run()
+    torch.cuda.synchronize()
+    pytest.skip("compiled, not measured")
 
 
 @functools.cache
@@ -46,6 +56,8 @@ def race(
     A turn is a pause in which the threads of others fall asleep, an untimed call that wakes one's
     own (unless a call is too long for that to matter), and `calls` timed ones.
     """
+    if COMPILE_ONLY:
+        compile_only(runs)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order = random.Random(0)
 

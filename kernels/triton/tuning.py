@@ -8,7 +8,6 @@ first configuration, which is safe on every card.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 import triton
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from dynabert_fast.kernels.common import INTERPRETED, Config, set_chooser
 from dynabert_fast.ops.choices import exclusive, may_measure, read, save, table_file
@@ -34,13 +35,17 @@ def cache_file(device: torch.device) -> Path:
 def _measure(
     configs: Sequence[Config], launch: Callable[[Config], None]
 ) -> tuple[Config, dict[str, float]]:
-    """The fastest, and the milliseconds of each that the card can run."""
+    """The fastest, and the milliseconds of each that this triton and this card can run."""
     times: dict[Config, float] = {}
     for config in configs:
-        with contextlib.suppress(triton.runtime.errors.OutOfResources):
+        try:
             times[config] = triton.testing.do_bench(
                 lambda config=config: launch(config), warmup=5, rep=20, return_mode="median"
             )
+        except OutOfResources:
+            pass
+        except (CompilationError, PTXASError) as error:  # of one; others may do
+            logger.warning("%s does not compile: %s", config, error)
     best = min(times, key=lambda c: times[c]) if times else configs[0]
     return best, {str(c): t for c, t in times.items()}
 

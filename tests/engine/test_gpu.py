@@ -326,6 +326,7 @@ def test_out_of_memory(make_model, monkeypatch):
 def test_memory_of_all_sub_networks(make_model):
     """Twelve sub-networks at several sizes: one copy of the weights, one pool for the graphs."""
     fields = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+    fields["max_position_embeddings"] = 128
     model = make_model(base=True, vocab_size=30522, num_hidden_layers=12, **fields).cuda().eval()
     engine = model.pack("bf16")
     del model

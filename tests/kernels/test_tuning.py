@@ -105,6 +105,18 @@ def test_what_does_not_fit_the_card_is_left_out(clock):
     assert choose(clock, ("fp32",)) == 16
 
 
+def test_what_does_not_compile_is_left_out_and_said(clock, caplog):
+    def launch(config):
+        if config["BLOCK"] == 32:
+            raise triton.runtime.errors.PTXASError("ptxas: no such instruction")
+        clock.launch(config)
+
+    assert tuning.choose("product", KEY, CONFIGS, launch)["BLOCK"] == 64
+    (said,) = caplog.messages
+    assert said.startswith(f"{CONFIGS[1]} does not compile: ")
+    assert "no such instruction" in said
+
+
 @pytest.mark.parametrize("how", ["asked not to", "in a capture"])
 def test_where_nothing_may_be_measured_the_first_serves(clock, monkeypatch, how):
     if how == "in a capture":

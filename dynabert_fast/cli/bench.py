@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynabert_fast.cli import arguments as shared
 from dynabert_fast.engine import DTYPES
-from dynabert_fast.subnet import Subnet, grid
+from dynabert_fast.subnet import DEPTHS, Subnet, grid
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+    from torch import Tensor
 
     from dynabert_fast.engine import CpuEngine
 
@@ -59,7 +62,7 @@ dynabert-fast tune sst2/dynabert --tokens 16384 --train""",
     add("--dtype", choices=tuple(_TORCH_TYPES), default="bf16", help="type (default bf16)")
     add("--tokens", type=shared.COUNT, default=4096, metavar="N", help="most in a batch (4096)")
     add("--length", type=shared.COUNT, default=128, metavar="N", help="of a sequence (default 128)")
-    add("--train", action="store_true", help="the kernels of a backward pass too")
+    add("--train", action="store_true", help="the kernels of training too, autocast to --dtype")
 
 
 def _tune(args: argparse.Namespace) -> None:
@@ -74,22 +77,44 @@ def _tune(args: argparse.Namespace) -> None:
     from dynabert_fast.ops import cuda
     from dynabert_fast.training.pipeline import load_model
 
-    model = load_model(args.model).cuda().to(getattr(torch, _TORCH_TYPES[args.dtype]))
+    dtype = getattr(torch, _TORCH_TYPES[args.dtype])
+    model = load_model(args.model).cuda().to(dtype)
+    taught = load_model(args.model).cuda().float() if args.train else None
     length = min(args.length, model.config.max_tokens)
-    model.train(args.train)
     tokens = 16
     while tokens <= args.tokens:
         ids = torch.randint(1, model.config.vocab_size, (max(1, tokens // length), length)).cuda()
-        for subnet in grid(model.config):
-            with torch.set_grad_enabled(args.train):
-                logits = model(ids[:, :tokens], subnet=subnet).logits
-                if args.train:
-                    logits.float().sum().backward()
+        ids = ids[:, :tokens]
+        with torch.no_grad():
+            for subnet in grid(model.config):
+                model(ids, subnet=subnet)
+        if taught is not None:
+            for depths in (DEPTHS, (1.0,)):
+                distil_once(taught, ids, grid(taught.config, depths=depths), dtype)
         print(f"{tokens} tokens: {len(grid(model.config))} sub-networks")
         tokens *= 2
     print(f"choices: {tuning.cache_file(model.device)}")
     if cuda.why_not(model.device) is None:
         print(f"Triton or cuBLASLt: {cuda.cache_file(model.device)}")
+
+
+def distil_once(model: Any, ids: Tensor, subnets: Sequence[Subnet], dtype: torch.dtype) -> None:
+    """Forward and backward of a training step, the model its own teacher; gradients are dropped."""
+    import torch
+
+    from dynabert_fast.training.losses import Distillation, TreeDistillation
+    from dynabert_fast.tree import SubnetTree
+
+    tree = SubnetTree(subnets)
+    lesson = TreeDistillation(Distillation(), model.config, tree)
+    arguments = {"output_hidden_states": True, "unpack": False}
+    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad():
+            wanted = model.eval()(ids, subnet=lesson.teachers, **arguments)
+        found = model.train()(ids, subnet=tree, **arguments)
+        losses = lesson(found.logits, wanted.logits, found.hidden_states, wanted.hidden_states)
+    torch.stack(losses).sum().backward()
+    model.zero_grad()
 
 
 def _bench(args: argparse.Namespace) -> None:

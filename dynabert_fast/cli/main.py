@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -31,13 +32,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_MEMORY = (
+    "the GPU has not enough memory; smaller batches need less, and so does training with "
+    "--subnets-per-pass or --checkpointing"
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = build_parser().parse_args(argv)
     code, message = 0, ""
     try:
         args.run(args)
-        _leave_processes()
+        leave_processes()
         sys.stdout.flush()  # a reader that has gone is noticed here, not when Python exits
     except InputError as error:
         code, message = BAD_INPUT, f"error: {error}"
@@ -48,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, message = BAD_INPUT, f"error: {missing}"
     except TrainingError as error:
         code, message = FAILED, f"error: {error}"
+    except RuntimeError as error:  # torch's OutOfMemoryError is one, and torch may not be here
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        code, message = FAILED, f"error: {_MEMORY} ({str(error).partition('. ')[0]})"
     except OSError as error:  # SaveError among them
         code, message = _refusal(error)
     except KeyboardInterrupt:
@@ -60,10 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _leave_processes() -> None:
+def leave_processes() -> None:
     """Under `torchrun`: end the group, or its threads may abort a process that is done."""
     distributed = sys.modules.get("torch.distributed")  # not imported for this
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # trainers, which are cycles, hold the group too
         distributed.destroy_process_group()
 
 

@@ -405,7 +405,8 @@ class DynaBertPreTrainedModel(PreTrainedModel):
                 `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `revision`, ...).
 
         Raises:
-            InputError: The checkpoint is of another architecture, or its files cannot be read.
+            InputError: The checkpoint is of another architecture, its files cannot be read, or
+                `device_map` spreads it over several devices.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
@@ -427,6 +428,12 @@ class DynaBertPreTrainedModel(PreTrainedModel):
             None, *model_args, config=config, state_dict=state, **loader, **kwargs
         )
         model = loaded[0] if loader.get("output_loading_info") else loaded
+        places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+        if len(places) > 1:
+            raise InputError(
+                "a model runs on one device, device_map spreads it over "
+                f"{', '.join(sorted(places))}; name one, device_map='cuda' for instance"
+            )
         model.config.name_or_path = source
         model.rewiring = Rewiring.load(source, **hub)
         return loaded

@@ -60,7 +60,7 @@ class PackedSequences:
             return cls(shape, whole, length, None)
         offsets = torch.zeros_like(whole)
         torch.cumsum(lengths, 0, out=offsets[1:])
-        return cls(shape, offsets, max(counts), mask.flatten().nonzero().flatten())
+        return cls(shape, offsets, max(counts), _places(mask.flatten(), sum(counts)))
 
     @property
     def tokens(self) -> int:
@@ -106,6 +106,11 @@ class PackedSequences:
             return packed.unflatten(0, self.shape)
         flat = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
         return flat.index_copy(0, self.indices, packed).unflatten(0, self.shape)
+
+
+def _places(mask: Tensor, count: int) -> Tensor:
+    """Where `[N]` is true, `count` times: nobody waits for a number that is known."""
+    return torch.nonzero_static(mask, size=count).flatten()
 
 
 def _read_mask(shape: tuple[int, int], mask: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -210,7 +215,9 @@ class MixedBatch:
                 lanes.append(Lane(subnets[i], [counts[i]], done))
         on = _send(order, torch.int64, device)
         positions = torch.arange(batch * length, device=device).view(batch, length)[on]
-        indices = positions.flatten() if mask is None else positions[mask[on]]
+        indices = positions.flatten()
+        if mask is not None:
+            indices = indices[_places(mask[on].flatten(), sum(counts))]
         lengths = [count for lane in lanes for count in lane.lengths]
         offsets = _offsets(lengths, device)
         longest = max(lengths, default=0)

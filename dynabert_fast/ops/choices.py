@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 import threading
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -39,7 +40,12 @@ def may_measure() -> bool:
 
 @functools.cache
 def read(path: Path) -> dict[str, str]:
-    """What the file held when it was first read; one that cannot be read is as good as none."""
+    """What the file held when it was first read, and what this process added."""
+    return _load(path)
+
+
+def _load(path: Path) -> dict[str, str]:
+    """What the file holds; one that cannot be read is as good as none."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(path.read_text())
         if isinstance(found, dict):
@@ -47,7 +53,20 @@ def read(path: Path) -> dict[str, str]:
     return {}
 
 
-def save(path: Path, choices: dict[str, str]) -> None:
+def add(path: Path, name: str, choice: str, allowed: Container[str]) -> str:
+    """Keep a choice, unless another process has kept one meanwhile, which then holds for all.
+
+    Processes that train together should sum in one order, also after they are started again.
+    """
+    choices = read(path)
+    choices.update({key: value for key, value in _load(path).items() if key not in choices})
+    if choices.get(name) not in allowed:
+        choices[name] = choice
+        _save(path, choices)
+    return choices[name]
+
+
+def _save(path: Path, choices: dict[str, str]) -> None:
     """Whole or not at all: several processes may measure at once."""
     with contextlib.suppress(OSError):  # a folder that is not to be written costs time, no more
         path.parent.mkdir(parents=True, exist_ok=True)

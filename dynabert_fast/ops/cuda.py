@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dynabert_fast.engine.native import cuda_module
 from dynabert_fast.errors import InputError
-from dynabert_fast.ops.choices import exclusive, may_measure, read, save, table_file
+from dynabert_fast.ops.choices import add, exclusive, may_measure, read, table_file
 from dynabert_fast.ops.registry import Backend, backends, forced_backend, register
 
 logger = logging.getLogger(__name__)
@@ -277,8 +277,7 @@ def choose(
     name: str, tokens: int, candidates: dict[str, Callable[[], object]], path: Path, measure: bool
 ) -> str:
     """The faster of the candidates, from the table or, where allowed, measured now."""
-    choices = read(path)
-    found = choices.get(name)
+    found = read(path).get(name)
     if found in candidates:
         return found
     default = _CUBLASLT if tokens >= ROWS_OF_THE_LIBRARY else _TRITON
@@ -291,9 +290,7 @@ def choose(
         for candidate, run in candidates.items():
             if run() is not None:  # Triton chooses its configuration, the library its algorithm
                 times[candidate] = do_bench(run, warmup=5, rep=20, return_mode="median")
-        best = min(times, key=lambda c: times[c])
-        choices[name] = best
-        save(path, choices)
+        best = add(path, name, min(times, key=lambda c: times[c]), candidates)
     logger.info("%s: %s of %s", name, best, times)
     return best
 

@@ -87,6 +87,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Force one backend for the calls of this thread (or async task) inside the `with` block.
 
     A forced backend never falls back: a call it cannot serve raises `InputError` with the reason.
+    The backward pass has the backend of its forward pass; but what gradient checkpointing computes
+    again, on a GPU in a thread of autograd's, has not: there, set `DYNABERT_FAST_BACKEND`.
     """
     _check_known(name)
     token = _forced.set(name)

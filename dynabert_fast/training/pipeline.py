@@ -22,12 +22,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from dynabert_fast.data import Collator, EncodedDataset, Examples, TaskData, TokenBudgetSampler
@@ -40,7 +38,14 @@ from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassificati
 from dynabert_fast.rewiring import Accumulation, measure_importance, rewire
 from dynabert_fast.subnet import grid
 from dynabert_fast.training.settings import refuse_others
-from dynabert_fast.training.stages import Stage, StageData, TrainingOptions, run_stage, stages
+from dynabert_fast.training.stages import (
+    Stage,
+    StageData,
+    TrainingOptions,
+    process_group,
+    run_stage,
+    stages,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -295,6 +300,8 @@ def rewire_checkpoint(
     """Measure importance on the development set and save the sorted model as `output`."""
     new_folder(output)
     model = load_model(source).to(device())
+    if model.dtype in (torch.float16, torch.bfloat16):
+        model.float()  # small gradients are zero in fp16
     importance = measure_importance(
         model, _batches(encoded, batch_size, model.device), accumulation, progress
     )
@@ -344,7 +351,7 @@ def fit(
     check_options(load_config(source), options)
     settings = _settings(source, data, options)
     # The others wait while the first augments, rewires and evaluates: hours, with much data.
-    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    processes = process_group()
     first = processes.is_main_process
     progress = progress and first
     begun = not first or _begun(output, settings, resume)

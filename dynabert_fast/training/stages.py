@@ -20,6 +20,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -218,9 +219,8 @@ class TrainingOptions:
             metric_for_best_model=GRID_SUM,
             greater_is_better=True,
             logging_steps=50,
-            # It waits for the device after every step. The Trainer's `_watch_loss` does not; only
-            # fp16 goes on after a loss that is not finite, which should not spoil the mean.
-            logging_nan_inf_filter=self.precision == "fp16",
+            # It waits for the device after every step; the trainer's `_watch_loss` does not.
+            logging_nan_inf_filter=False,
             seed=self.seed,
             report_to="none",
             disable_tqdm=not progress,
@@ -232,6 +232,11 @@ class TrainingOptions:
             accelerator_config={"non_blocking": torch.cuda.is_available()},
             **({CHECKPOINTING: True} if self.checkpointing else {}),
         )
+
+
+def process_group() -> PartialState:
+    """The processes that `torchrun` started; one may wait for a day for what another does alone."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 @dataclass(frozen=True)
@@ -306,7 +311,7 @@ def run_stage(
         "data": [data.train.digest(), data.dev.digest()],
         "teacher": None if teacher is None else _digest(teacher),
         "student": _digest(model),
-        "processes": PartialState(cpu=not torch.cuda.is_available()).num_processes,
+        "processes": process_group().num_processes,
     }
     record = run / "settings.json"
     if last is not None and record.is_file():

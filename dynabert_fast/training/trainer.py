@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -113,6 +114,9 @@ class ElasticTrainer(Trainer):
                 f"token ids must be in 0 to {model.config.vocab_size - 1}, got {largest}; is this "
                 "the checkpoint's own tokenizer?"
             )
+        if model.dtype in (torch.float16, torch.bfloat16):
+            # Steps are smaller than their last bits; 16 bits are autocast's, see `precision`.
+            model.float()
         # The Trainer would use DataParallel, which cannot split packed sequences.
         if args.n_gpu > 1:
             _logger.warning(
@@ -224,6 +228,9 @@ class ElasticTrainer(Trainer):
             The sum of the sub-networks' losses, detached: this batch's part of the step's mean.
         """
         model.train()
+        if isinstance(model, DistributedDataParallel):
+            # It would copy every hidden state, for losses that are changed in place.
+            model._set_ddp_sink_clone(False)
         inputs = self._prepare_inputs(inputs)
         if not isinstance(inputs.get("attention_mask"), PackedSequences):  # another collator's
             shape = tuple(inputs["input_ids"].shape)
@@ -247,7 +254,9 @@ class ElasticTrainer(Trainer):
             of_passes.append(loss.detach())
         found = torch.stack(of_passes)
         self._watch_loss(inputs, found)
-        return found.sum()
+        total = found.sum()
+        # fp16 goes on after a loss that is not finite, which should not spoil the mean.
+        return total if self.accelerator.scaler is None else total.nan_to_num(0.0, 0.0, 0.0)
 
     def _passes(self, step: int) -> tuple[SubnetTree, ...]:
         """A step's sub-networks; those that share most come together in one pass."""
@@ -496,6 +505,8 @@ class _Watching(TrainerCallback):
     ) -> None:
         self.trainer._watch.clear()
         self.trainer._saved_step = state.global_step
+        if args.world_size > 1:  # or all processes drop the same, and learn less from as much
+            torch.manual_seed(args.seed + args.process_index)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any

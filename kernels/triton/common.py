@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 #: Kernels run in Python on CPU tensors: for tests without a GPU.
@@ -92,9 +94,9 @@ def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def table(rows: list[tuple[int, ...]], columns: int, device: torch.device) -> Tensor:
+def table(rows: ArrayLike, columns: int, device: torch.device) -> Tensor:
     """`[rows, columns]` int32 on the device, without waiting for it: every batch has its own."""
-    found = torch.tensor(rows, dtype=torch.int32).reshape(-1, columns)
+    found = torch.from_numpy(np.asarray(rows, np.int32).reshape(-1, columns))
     if device.type == "cuda":
         found = found.pin_memory()
     return found.to(device, non_blocking=True)
@@ -114,12 +116,14 @@ def row_tiles(
 def _row_tiles(
     extents: tuple[int, ...], rows: tuple[int, ...], block: int, device: torch.device, stream: int
 ) -> Tensor:
-    tiles, start = [], 0
-    for extent, count in zip(extents, rows, strict=True):
-        for row in range(start, start + count, block):
-            tiles.append((row, min(row + block, start + count), extent))
-        start += count
-    return table(sorted(tiles, key=lambda t: -t[2]), 3, device)
+    # A batch of 16 Ki tokens for each of 12 nodes has 24,576 tiles of 8 rows: not one by one.
+    starts = np.cumsum([0, *rows])
+    parts = []
+    for i in sorted(range(len(rows)), key=lambda i: -extents[i]):
+        first = np.arange(starts[i], starts[i + 1], block)
+        last = np.minimum(first + block, starts[i + 1])
+        parts.append(np.stack([first, last, np.full_like(first, extents[i])], 1))
+    return table(np.concatenate(parts), 3, device)
 
 
 def row_blocks(extents: Sequence[int], rows: Sequence[int], device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from dynabert_fast.kernels.common import INTERPRETED, Config, set_chooser
-from dynabert_fast.ops.choices import exclusive, may_measure, read, save, table_file
+from dynabert_fast.ops.choices import add, exclusive, may_measure, read, table_file
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,8 @@ def choose(
     if not may_measure():
         return configs[0]
     with exclusive:
-        best, times = _measure(configs, launch)
-        choices[name] = str(best)
-        save(path, choices)
+        measured, times = _measure(configs, launch)
+        best = named[add(path, name, str(measured), named)]
     _answers[index, kernel, key] = best
     logger.info("%s: %s of %s", name, best, times)
     return best

@@ -3,8 +3,11 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
+from dynabert_fast.cli.bench import distil_once
 from dynabert_fast.models import DynaBertForSequenceClassification
+from dynabert_fast.subnet import grid
 
 SHORT = "--length 8 --rounds 2 --threads 1".split()
 
@@ -54,6 +57,21 @@ def test_refuses(cli, packed, options, message):
     assert result.code == 2
     assert message in result.err
     assert len(result.err.splitlines()) == 1
+
+
+def test_tune_takes_the_calls_of_a_training_step(checkpoints):
+    """Weights in float32, a tree of sub-networks, autocast: other keys than a plain call's."""
+    model = DynaBertForSequenceClassification.from_pretrained(checkpoints["classifier"])
+    seen = []
+    model.dynabert.encoder.layer[0].ffn.up.register_forward_pre_hook(
+        lambda module, arguments: seen.append((model.training, len(arguments[1])))
+    )
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.append(p.dtype))
+    distil_once(model, torch.randint(1, 20, (2, 8)), grid(model.config), torch.bfloat16)
+    assert seen[:2] == [(False, 4), (True, 4)]
+    assert seen[2:] == [torch.float32] * len(list(model.parameters()))
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_tune_needs_a_gpu(cli, checkpoints, monkeypatch):

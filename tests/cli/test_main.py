@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from torch import distributed
 
 from dynabert_fast import __version__
@@ -93,8 +94,13 @@ def test_bad_usage_is_one_line(refused, argv, message):
         (SaveError("could not save x"), 1, "could not save x"),
         (TrainingError("the loss is nan"), 1, "the loss is nan"),
         (OSError(28, "No space left on device", "x"), 1, "No space left on device: 'x'"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ..."),
+            1,
+            "--subnets-per-pass or --checkpointing (CUDA out of memory)",
+        ),
     ],
-    ids=["bad input", "not saved", "no number", "operating system"],
+    ids=["bad input", "not saved", "no number", "operating system", "memory"],
 )
 def test_an_error_is_one_line_and_an_exit_code(cli, monkeypatch, raised, code, message):
     def run(args):

@@ -86,6 +86,23 @@ def test_what_is_measured_may_have_a_choice_of_its_own(clock, tmp_path):
     assert len(json.loads(file.read_text())) == 2
 
 
+def test_what_another_process_chose_meanwhile_holds_for_both(clock, tmp_path):
+    """They sum in one order, and each keeps what the other found."""
+    path = tuning.cache_file(torch.device("cuda", 0))
+    name = f"product {KEY}"
+    assert choose(clock, ("first",)) == 32
+    others = {name: str(CONFIGS[0]), "product other": "x"}
+
+    def launch(config):
+        path.write_text(json.dumps(others))
+        clock.launch(config)
+
+    assert tuning.choose("product", KEY, CONFIGS, launch)["BLOCK"] == 16
+    assert choose(clock, ("second",)) == 32
+    kept = {f"product {key}": str(CONFIGS[1]) for key in (("first",), ("second",))}
+    assert json.loads(path.read_text()) == others | kept
+
+
 def test_another_key_is_another_choice(clock):
     assert choose(clock) == 32
     clock.times = {16: 1.0, 32: 2.0, 64: 3.0}

@@ -274,6 +274,18 @@ def test_a_shard_is_not_loaded_by_itself(make_model, tmp_path):
     assert not model.load_state_dict(state).missing_keys
 
 
+def test_a_device_map_of_one_device(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "whole")
+    load = DynaBertForSequenceClassification.from_pretrained
+    assert load(tmp_path / "whole", device_map="cpu").device.type == "cpu"
+    parts = dict.fromkeys(("dynabert.embeddings", "dynabert.pooler", "classifier"), "cpu")
+    spread = {**parts, "dynabert.encoder": "disk"}
+    with pytest.raises(
+        InputError, match="runs on one device, device_map spreads it over cpu, disk"
+    ):
+        load(tmp_path / "whole", device_map=spread, offload_folder=tmp_path / "disk")
+
+
 def test_a_variant_and_a_state_dict(make_model, tmp_path):
     plain, other = make_model(seed=1), make_model(seed=2)
     plain.save_pretrained(tmp_path)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
+from dynabert_fast.cli.main import leave_processes
 from dynabert_fast.data import load_files
 from dynabert_fast.training import ElasticTrainer, TrainingOptions, run_stage, stages
 from dynabert_fast.training.pipeline import load_model, load_tokenizer, stage_data
@@ -63,6 +64,7 @@ class Observed:
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.texts: list[Any] = []
+        self.seeds: list[int] = []
         self.exchanges: list[bool] = []
         self.stop_at = stop_at
         self.step, self.forward = ElasticTrainer.training_step, DistributedDataParallel.forward
@@ -72,6 +74,7 @@ class Observed:
             if trainer.state.global_step == self.stop_at:
                 raise KeyboardInterrupt
             self.texts.append(inputs["input_ids"].tolist())
+            self.seeds.append(torch.initial_seed())
             return self.step(trainer, model, inputs, *args)
 
         def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,9 +103,9 @@ def work(folder: Path) -> None:
         train(folder, folder / "resumed", dropout=True, batch_size=4)
     with Observed() as seen["resumed"]:
         train(folder, folder / "resumed", dropout=True, batch_size=4)
-    report = {name: [o.texts, o.exchanges] for name, o in seen.items()}
+    report = {name: [o.texts, o.exchanges, o.seeds] for name, o in seen.items()}
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))
-    torch.distributed.destroy_process_group()  # else its threads may abort a process that is done
+    leave_processes()
 
 
 if __name__ == "__main__":
@@ -174,6 +177,13 @@ def test_processes_have_unequal_parts_of_a_step_of_tokens(seen):
     tokens = [[sum(t != 0 for row in step for t in row) for step in p] for p in texts]
     assert any(a != b for a, b in zip(*tokens, strict=True))
     assert all(a + b <= 64 for a, b in zip(*tokens, strict=True))
+
+
+def test_processes_drop_other_values(seen):
+    """With one seed for all, twice the texts would be twice the same noise."""
+    first, second = (set(process["whole"][2]) for process in seen)
+    assert len(first) == len(second) == 1
+    assert first != second
 
 
 def test_each_text_goes_to_one_process(seen):

@@ -172,6 +172,17 @@ def test_examples_of_another_tokenizer(make_trainer):
         make_trainer(vocab_size=10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_in_16_bits_are_trained_in_32(make_trainer, dtype):
+    """A step of AdamW is below their last bit."""
+    trainer = make_trainer(dtype=dtype, options=TrainingOptions(max_steps=2))
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    assert {p.dtype for p in before.values()} == {torch.float32}
+    trainer.train()
+    moved = [n for n, p in trainer.model.named_parameters() if not torch.equal(p.cpu(), before[n])]
+    assert len(moved) > 0.9 * len(before)
+
+
 def test_a_step_is_one_pass_over_all_subnets(make_trainer):
     trainer = make_trainer(options=TrainingOptions(batch_size=6, **ONE_EPOCH), train=12)
     calls = record_calls(trainer.model)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynabert_fast.cli import arguments as shared
 from dynabert_fast.engine import DTYPES
-from dynabert_fast.subnet import DEPTHS, Subnet, grid
+from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,8 +89,8 @@ def _tune(args: argparse.Namespace) -> None:
             for subnet in grid(model.config):
                 model(ids, subnet=subnet)
         if taught is not None:
-            for depths in (DEPTHS, (1.0,)):
-                distil_once(taught, ids, grid(taught.config, depths=depths), dtype)
+            for widths, depths in ((WIDTHS, DEPTHS), (WIDTHS, (1.0,)), ((1.0,), (1.0,))):
+                distil_once(taught, ids, grid(taught.config, widths, depths), dtype)
         print(f"{tokens} tokens: {len(grid(model.config))} sub-networks")
         tokens *= 2
     print(f"choices: {tuning.cache_file(model.device)}")

@@ -360,9 +360,10 @@ class GpuEngine:
         self._graphs.clear()
         self._buffers.clear()
         if self._on_gpu:
-            torch.cuda.synchronize(self._device)
-            self._pool = torch.cuda.graph_pool_handle()
-            torch.cuda.empty_cache()
+            with exclusive:
+                torch.cuda.synchronize(self._device)
+                self._pool = torch.cuda.graph_pool_handle()
+                torch.cuda.empty_cache()
 
 
 class _Graph:

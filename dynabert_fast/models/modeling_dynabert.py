@@ -245,6 +245,13 @@ class DynaBertPooler(nn.Module):
         return torch.tanh(self.dense(first))
 
 
+def _place(name: Any) -> str:
+    """A device of a `device_map`, by one name: 0 is "cuda:0"; "disk" is a place too."""
+    if isinstance(name, int):
+        return f"cuda:{name}"
+    return "cuda:0" if str(name) == "cuda" else str(name)
+
+
 class DynaBertPreTrainedModel(PreTrainedModel):
     """Loading, saving and sub-network views, shared by the models below."""
 
@@ -428,7 +435,7 @@ class DynaBertPreTrainedModel(PreTrainedModel):
             None, *model_args, config=config, state_dict=state, **loader, **kwargs
         )
         model = loaded[0] if loader.get("output_loading_info") else loaded
-        places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+        places = {_place(place) for place in getattr(model, "hf_device_map", {}).values()}
         if len(places) > 1:
             raise InputError(
                 "a model runs on one device, device_map spreads it over "

@@ -281,8 +281,11 @@ def _offsets(lengths: list[int], device: torch.device) -> Tensor:
 
 
 def _send(values: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """To a device, without waiting for it."""
+    """To a device, without waiting for it; in the capture of a graph that is an error of torch's.
+
+    The graph would copy from this memory again, when others have it.
+    """
     found = torch.tensor(values, dtype=dtype)
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         found = found.pin_memory()
-    return found.to(device, non_blocking=True)
+    return found.to(device, non_blocking=found.is_pinned())

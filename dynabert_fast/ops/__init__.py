@@ -168,8 +168,9 @@ def attention(
     available = qkv.shape[1] // (3 * head_size)
     extents, sequences = _blocks(heads, sequences, offsets.shape[0] - 1, available)
     _check(max_length <= 1 << 16, "max_length must be at most 65536, got {}", max_length)
+    known = type(offsets) is Tensor and offsets.device.type == "cpu"  # no fake one, being traced
     trained = torch.is_grad_enabled() and qkv.requires_grad
-    if trained and offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if trained and known and not torch.compiler.is_compiling():
         _check(
             int(offsets[-1]) == qkv.shape[0],
             "attention has gradients only where offsets end at the last row of qkv {}, got {}",

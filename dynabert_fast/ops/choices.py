@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import torch
@@ -59,11 +59,26 @@ def add(path: Path, name: str, choice: str, allowed: Container[str]) -> str:
     Processes that train together should sum in one order, also after they are started again.
     """
     choices = read(path)
-    choices.update({key: value for key, value in _load(path).items() if key not in choices})
-    if choices.get(name) not in allowed:
-        choices[name] = choice
-        _save(path, choices)
+    with _others_wait(path):
+        there = _load(path)
+        if there.get(name) not in allowed:
+            there[name] = choice
+            _save(path, there)
+    choices.update(there)
     return choices[name]
+
+
+@contextlib.contextmanager
+def _others_wait(path: Path) -> Iterator[None]:
+    """Other processes that add to the file meanwhile, where the system can have them wait."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):  # Windows; a folder not to be written
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.with_suffix(".lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _save(path: Path, choices: dict[str, str]) -> None:

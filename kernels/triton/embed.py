@@ -288,8 +288,9 @@ def embed(
     """`dropout(LayerNorm(z))` of the three embeddings' sum z; also z, mean and 1/std.
 
     Args:
-        input_ids: `[T]` integers, as are the other ids; a token with one that has no row in its
-            table has a result that is NaN, and adds nothing to the gradients.
+        input_ids: `[T]` integers, as are the other ids. A token with one that has no row in its
+            table has a result that is NaN; so are then the gradients of its other rows and of
+            LayerNorm, and no other row of a table is written to.
         token_type_ids: `[T]`.
         position_ids: `[T]`.
         word: `[V, D]`, fp32, bf16 or fp16, as are the other four.

@@ -34,9 +34,10 @@ def cache_file(device: torch.device) -> Path:
 
 def _measure(
     configs: Sequence[Config], launch: Callable[[Config], None]
-) -> tuple[Config, dict[str, float]]:
-    """The fastest, and the milliseconds of each that this triton and this card can run."""
+) -> tuple[Config, dict[str, float], bool]:
+    """The fastest, the milliseconds of each that the card can run, and whether all compiled."""
     times: dict[Config, float] = {}
+    failed: Exception | None = None
     for config in configs:
         try:
             times[config] = triton.testing.do_bench(
@@ -46,8 +47,11 @@ def _measure(
             pass
         except (CompilationError, PTXASError) as error:  # of one; others may do
             logger.warning("%s does not compile: %s", config, error)
+            failed = error
+    if failed is not None and not times:
+        raise failed
     best = min(times, key=lambda c: times[c]) if times else configs[0]
-    return best, {str(c): t for c, t in times.items()}
+    return best, {str(c): t for c, t in times.items()}, failed is None
 
 
 def choose(
@@ -73,8 +77,9 @@ def choose(
     if not may_measure():
         return configs[0]
     with exclusive:
-        measured, times = _measure(configs, launch)
-        best = named[add(path, name, str(measured), named)]
+        best, times, whole = _measure(configs, launch)
+        if whole:  # a compiler may fail for want of memory, and not the next time
+            best = named[add(path, name, str(best), named)]
     _answers[index, kernel, key] = best
     logger.info("%s: %s of %s", name, best, times)
     return best

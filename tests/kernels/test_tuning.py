@@ -59,7 +59,7 @@ def choose(clock, key=KEY, configs=CONFIGS):
 def test_the_fastest_is_measured_once_and_kept(clock, tmp_path):
     assert [choose(clock) for _ in range(3)] == [32] * 3
     assert clock.measured == 3
-    (file,) = (tmp_path / "triton").iterdir()
+    (file,) = (tmp_path / "triton").glob("*.json")
     assert file.name == f"Card-1--triton-{triton.__version__}.json"
     assert json.loads(file.read_text()) == {f"product {KEY}": str(CONFIGS[1])}
     clock.fresh()
@@ -82,7 +82,7 @@ def test_what_is_measured_may_have_a_choice_of_its_own(clock, tmp_path):
     thread.start()
     thread.join(20)
     assert found == [32] * 4
-    (file,) = (tmp_path / "triton").iterdir()
+    (file,) = (tmp_path / "triton").glob("*.json")
     assert len(json.loads(file.read_text())) == 2
 
 
@@ -94,7 +94,7 @@ def test_what_another_process_chose_meanwhile_holds_for_both(clock, tmp_path):
     others = {name: str(CONFIGS[0]), "product other": "x"}
 
     def launch(config):
-        path.write_text(json.dumps(others))
+        path.write_text(json.dumps(json.loads(path.read_text()) | others))
         clock.launch(config)
 
     assert tuning.choose("product", KEY, CONFIGS, launch)["BLOCK"] == 16
@@ -122,7 +122,7 @@ def test_what_does_not_fit_the_card_is_left_out(clock):
     assert choose(clock, ("fp32",)) == 16
 
 
-def test_what_does_not_compile_is_left_out_and_said(clock, caplog):
+def test_what_does_not_compile_is_left_out_and_said(clock, caplog, tmp_path):
     def launch(config):
         if config["BLOCK"] == 32:
             raise triton.runtime.errors.PTXASError("ptxas: no such instruction")
@@ -132,6 +132,13 @@ def test_what_does_not_compile_is_left_out_and_said(clock, caplog):
     (said,) = caplog.messages
     assert said.startswith(f"{CONFIGS[1]} does not compile: ")
     assert "no such instruction" in said
+    assert not list(tmp_path.rglob("*.json")), "it may compile the next time"
+
+    def broken(config):
+        raise triton.runtime.errors.PTXASError("out of memory")
+
+    with pytest.raises(triton.runtime.errors.PTXASError, match="out of memory"):
+        tuning.choose("product", ("other",), CONFIGS, broken)
 
 
 @pytest.mark.parametrize("how", ["asked not to", "in a capture"])

@@ -145,7 +145,9 @@ def _head(tasks: Sequence[Record], recipes: Mapping[str, str], main: str) -> lis
         "",
         "run what is missing (all of it, with another folder for `--results`), and write this "
         "page. All numbers, settings, times and versions stand in "
-        "[benchmarks/results/quality/](../benchmarks/results/quality/).",
+        "[benchmarks/results/quality/](../benchmarks/results/quality/). Recipes that augment need "
+        "`--masked-lm`: here what `python benchmarks/masked_lm.py --data-dir DATA --model MODEL "
+        "--output mlm` makes of the same encoder and the tasks' training texts.",
         "",
         "The development set also sorts heads and neurons, and chooses the best epoch of each "
         "stage, as in the paper; that of TREC is its published test set.",

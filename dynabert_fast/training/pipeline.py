@@ -46,6 +46,7 @@ from dynabert_fast.training.stages import (
     run_stage,
     stages,
 )
+from dynabert_fast.training.trainer import widen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -300,8 +301,7 @@ def rewire_checkpoint(
     """Measure importance on the development set and save the sorted model as `output`."""
     new_folder(output)
     model = load_model(source).to(device())
-    if model.dtype in (torch.float16, torch.bfloat16):
-        model.float()  # small gradients are zero in fp16
+    widen(model)
     importance = measure_importance(
         model, _batches(encoded, batch_size, model.device), accumulation, progress
     )

@@ -63,6 +63,15 @@ _logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
+def widen(model: nn.Module) -> None:
+    """Weights in 16 bits become float32, in place: gradients and steps are below their last bits.
+
+    To compute in 16 bits is autocast's, see `TrainingOptions.precision`.
+    """
+    if model.dtype in (torch.float16, torch.bfloat16):
+        model.float()
+
+
 class ElasticTrainer(Trainer):
     """Trains sub-networks of one model together: each step sums their gradients.
 
@@ -114,9 +123,7 @@ class ElasticTrainer(Trainer):
                 f"token ids must be in 0 to {model.config.vocab_size - 1}, got {largest}; is this "
                 "the checkpoint's own tokenizer?"
             )
-        if model.dtype in (torch.float16, torch.bfloat16):
-            # Steps are smaller than their last bits; 16 bits are autocast's, see `precision`.
-            model.float()
+        widen(model)
         # The Trainer would use DataParallel, which cannot split packed sequences.
         if args.n_gpu > 1:
             _logger.warning(

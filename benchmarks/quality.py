@@ -108,6 +108,8 @@ class Recipe:
         training: Changes of `TrainingOptions` by stage.
         epochs: Times the task's epochs, by stage; default 1.
         copies: Of each training example with words replaced, by stage; default none.
+        students: Of a task in `START`: teacher and students begin as the other task's students by
+            this recipe, sorted already, instead of as its teacher.
     """
 
     title: str
@@ -117,6 +119,7 @@ class Recipe:
     training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     epochs: Mapping[str, float] = field(default_factory=dict)
     copies: Mapping[str, int] = field(default_factory=dict)
+    students: str | None = None
 
     @property
     def unsupported(self) -> list[str]:
@@ -184,6 +187,14 @@ RECIPES: dict[str, Recipe] = {
         training={"depth": _SMALL},
         copies={"depth": 3},
     ),
+    "elastic-start": Recipe(
+        "`small`, but begun with the students, by `small-longer`, of the task whose teacher "
+        "`paper` begins with",
+        sort=False,
+        distillation=_OUTPUTS,
+        training={"depth": _SMALL},
+        students="small-longer",
+    ),
     "longer": Recipe("twice the epochs", epochs=_both(2.0)),
     "direct": Recipe(
         "straight to the grid, no stage `width`, twice the epochs",
@@ -201,6 +212,7 @@ class Part:
     """One folder: how it is made, and from which others.
 
     Attributes:
+        task: Whose examples it is made with.
         stage: `start` (another task's teacher), `finetune`, `rewire`, `augment` (texts, not
             weights) or a stage of training.
         settings: What decides its weights beside its parents, JSON.
@@ -209,6 +221,7 @@ class Part:
         texts: What it learns from; `None`: the task's.
     """
 
+    task: str
     stage: str
     settings: dict[str, Any]
     student: Part | None = None
@@ -232,6 +245,11 @@ class Run:
     seed: int
     recipe: str
 
+    @property
+    def possible(self) -> bool:
+        """Whether the recipe has what it needs on this task."""
+        return self.task in START or not RECIPES[self.recipe].students
+
     def parts(self, model_name: str, masked_lm: str = "") -> list[Part]:
         """Everything to make, in order: what the teacher starts from, teacher, rewired, stages.
 
@@ -246,11 +264,15 @@ class Run:
             training = base | TEACHER.get(task, {}) | {"epochs": float(EPOCHS[task]["finetune"])}
             return {"task": task, "model": model_name, **training}
 
-        start = Part("start", taught(START[self.task])) if self.task in START else None
-        teacher = Part("finetune", taught(self.task), start)
-        found = [start, teacher] if start else [teacher]
+        found: list[Part] = []
+        if recipe.students:
+            found += Run(START[self.task], self.seed, recipe.students).parts(model_name, masked_lm)
+        elif other := START.get(self.task):
+            found.append(Part(other, "start", taught(other)))
+        teacher = Part(self.task, "finetune", taught(self.task), found[-1] if found else None)
+        found.append(teacher)
         if recipe.sort:
-            found.append(Part("rewire", {"accumulation": "per_batch"}, teacher))
+            found.append(Part(self.task, "rewire", {"accumulation": "per_batch"}, teacher))
         taught_by = teacher
         for stage in recipe.stages:
             loss, changes = DISTILLATION[stage], recipe.distillation.get(stage, {})
@@ -260,10 +282,10 @@ class Run:
             settings = {"training": training, "distillation": distilled}
             texts = None
             if copies := recipe.copies.get(stage):
-                texts = Part("augment", {"masked_lm": masked_lm, "copies": copies, "seed": 0})
+                texts = Part(self.task, "augment", {"masked_lm": masked_lm, "copies": copies, "seed": 0})
                 found.insert(0, texts)
             student, teacher_ = found[-1], taught_by if distilled else None
-            part = Part(stage, settings, student, teacher_, texts)
+            part = Part(self.task, stage, settings, student, teacher_, texts)
             found.append(part)
             taught_by = part
         return found
@@ -283,7 +305,7 @@ def plan(tasks: Sequence[str], seeds: int, recipes: Sequence[str]) -> list[Run]:
         return (run.task in LARGE, phase, run.seed, *order)
 
     runs = [Run(t, s, r) for t in tasks for s in range(1, seeds + 1) for r in recipes]
-    return sorted(runs, key=rank)
+    return sorted((run for run in runs if run.possible), key=rank)
 
 
 # --- running it -----------------------------------------------------------------------------------
@@ -358,13 +380,13 @@ class Session:
             if part.stage == "rewire":
                 assert part.student is not None
                 student = self.work / part.student.folder
-                rewire_checkpoint(student, self.encoded, folder, progress=False)
+                rewire_checkpoint(student, self._task(part.task)[1], folder, progress=False)
             elif part.stage == "augment":
                 with whole_folder(folder) as aside:
                     self._augmented(part, aside)
             elif part.stage in ("start", "finetune"):
                 source = self.work / part.student.folder if part.student else self.args.model
-                data, encoded = self._task(part.settings["task"])
+                data, encoded = self._task(part.task)
                 finetune(source, data, encoded, folder, _options(part.settings), True, False)
             else:
                 self._train(part, folder)
@@ -389,7 +411,7 @@ class Session:
             load_model(self.work / part.student.folder),
             self._augmented(part.texts, self.work / part.texts.folder)
             if part.texts
-            else self.encoded,
+            else self._task(part.task)[1],
             folder,
             _options(part.settings["training"]),
             load_model(self.work / part.teacher.folder) if part.teacher else None,
@@ -417,10 +439,20 @@ class Session:
                 "stage width": self._scores(widths, grid(widths.config, WIDTHS, (1.0,))),
             }
         seconds = self._seconds()
-        record["seconds"] = {part.stage: round(seconds[part.folder], 1) for part in parts}
+        names = [self._name(part) for part in parts]
+        record["seconds"] = {
+            name: round(seconds[part.folder], 1) for name, part in zip(names, parts, strict=True)
+        }
         record["seconds"]["evaluate"] = round(time.perf_counter() - start, 1)
-        record["settings"] = {part.stage: part.settings for part in parts}
+        record["settings"] = {
+            name: part.settings for name, part in zip(names, parts, strict=True)
+        }
         return record | {"environment": environment(model), "commit": _commit()}
+
+    def _name(self, part: Part) -> str:
+        """In results."""
+        own = part.task == self.task or part.stage == "start"
+        return part.stage if own else f"{part.task} {part.stage}"
 
     def _load(self, part: Part) -> DynaBertForSequenceClassification:
         return load_model(self.work / part.folder).to(
@@ -449,7 +481,8 @@ class Session:
 
     def _clean(self, seed: int) -> None:
         """Delete this seed's folders that no missing run starts from; teachers and texts stay."""
-        runs = {recipe: Run(self.task, seed, recipe) for recipe in RECIPES}
+        every = (Run(self.task, seed, recipe) for recipe in RECIPES)
+        runs = {run.recipe: run for run in every if run.possible}
         all_parts = {r: self.parts(run) for r, run in runs.items()}
         kept = ("start", "finetune", "augment")
         needed = {p.folder for parts in all_parts.values() for p in parts if p.stage in kept}

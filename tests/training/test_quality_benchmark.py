@@ -47,15 +47,21 @@ def quality(report):
 def test_first_one_seed_of_every_small_task_then_seeds_then_ablations_then_large_tasks(quality):
     runs = quality.plan(list(quality.EPOCHS), 2, list(quality.RECIPES))
     small = [task for task in quality.EPOCHS if task not in quality.LARGE]
-    n, changed = len(small), len(quality.RECIPES) - 1
+    changes = {
+        recipe: [task for task in quality.EPOCHS if quality.Run(task, 1, recipe).possible]
+        for recipe in quality.RECIPES
+    }
+    assert changes["elastic-start"] == ["rte"], "it needs another task's students"
+    n, count = len(small), sum(map(len, changes.values()))
+    changed = sum(len(set(tasks) & set(small)) for tasks in changes.values()) - n
     assert [(r.task, r.seed, r.recipe) for r in runs[: 2 * n]] == [
         (task, seed, quality.MAIN) for seed in (1, 2) for task in small
     ]
-    ablations = runs[2 * n : 2 * n * (1 + changed)]
+    ablations = runs[2 * n : 2 * (n + changed)]
     assert all(r.recipe != quality.MAIN and r.task in small for r in ablations)
-    assert [r.seed for r in ablations] == [1] * (n * changed) + [2] * (n * changed)
-    assert all(r.task in quality.LARGE for r in runs[2 * n * (1 + changed) :])
-    assert len(set(runs)) == len(runs) == len(quality.EPOCHS) * 2 * len(quality.RECIPES)
+    assert [r.seed for r in ablations] == [1] * changed + [2] * changed
+    assert all(r.task in quality.LARGE for r in runs[2 * (n + changed) :])
+    assert len(set(runs)) == len(runs) == 2 * count
 
 
 def test_the_recipe_of_small_batches_is_the_packages(quality):
@@ -88,6 +94,20 @@ def test_models_of_other_names_share_nothing(quality):
     assert not set(ours) & set(theirs)
 
 
+def test_an_elastic_start_is_another_tasks_students_by_their_own_recipe(quality):
+    recipe = quality.RECIPES["elastic-start"]
+    *theirs, teacher, width, depth = quality.Run("rte", 1, "elastic-start").parts("m")
+    assert theirs == quality.Run("stsb", 1, recipe.students).parts("m"), "as that task trains them"
+    assert [(p.task, p.stage) for p in (teacher, width, depth)] == [
+        ("rte", stage) for stage in ("finetune", "width", "depth")
+    ], "what is sorted already is not sorted anew"
+    assert (teacher.student, width.student, depth.student) == (theirs[-1], teacher, width)
+    assert (width.teacher, depth.teacher) == (teacher, width)
+    paper = quality.Run("rte", 1, "paper").parts("m")[1]
+    assert teacher.settings == paper.settings
+    assert teacher.folder != paper.folder, "it begins elsewhere"
+
+
 def _folders(quality, recipe, task="stsb", seed=1, model="m"):
     return [part.folder for part in quality.Run(task, seed, recipe).parts(model)]
 
@@ -98,7 +118,8 @@ def test_recipes_share_what_they_have_in_common_and_nothing_else(quality, monkey
     assert _folders(quality, "sandwich")[:3] == [teacher, rewired, width]
     assert _folders(quality, "final")[:4] == [teacher, rewired, width, depth]
     assert _folders(quality, "unsorted")[0] == teacher
-    every = [_folders(quality, recipe)[-1] for recipe in quality.RECIPES]
+    runs = [quality.Run("stsb", 1, recipe) for recipe in quality.RECIPES]
+    every = [run.parts("m")[-1].folder for run in runs if run.possible]
     assert len(set(every)) == len(every)
     others = [
         _folders(quality, "paper", *of) for of in (("stsb", 2), ("cola", 1), ("stsb", 1, "other"))
@@ -255,26 +276,50 @@ def test_the_sandwich_trains_four_sub_networks_a_step(command, monkeypatch):
     assert ends == {("w1.00-d1.00", "w0.25-d0.50")}
 
 
-def test_a_teacher_that_starts_from_another_tasks(command, quality, monkeypatch, tmp_path):
+@pytest.fixture
+def after_cola(quality, monkeypatch, tmp_path):
+    """TREC's teacher starts from CoLA, at a rate that changes nothing; gives a part's encoder."""
     monkeypatch.setitem(quality.START, "trec", "cola")
     monkeypatch.setitem(quality.TEACHER, "trec", {"learning_rate": 1e-9})
     (tmp_path / "CoLA").mkdir()
     for name in ("train", "dev"):
         rows = (f"x\t{i % 2}\t*\tthe film was good {'not' * (i % 2)}" for i in range(24))
         (tmp_path / "CoLA" / f"{name}.tsv").write_text("\n".join(rows) + "\n")
+
+    def encoder(part):
+        weights = load_file(tmp_path / "work/trec" / part.folder / "model.safetensors")
+        return {k: v for k, v in weights.items() if not k.startswith("classifier")}
+
+    return encoder
+
+
+# AdamW moves a weight by the rate a step at most: nine times 1e-9, and each step may round to
+# the next float32, 6e-8 from a weight of 0.5 to 1. At 1e-4, the rate of other stages, a single
+# step moves it by a thousand times the 1e-7 allowed here.
+_UNMOVED = {"rtol": 0, "atol": 1e-7}
+
+
+def test_a_teacher_that_starts_from_another_tasks(command, quality, after_cola):
     (record,) = command("--seeds=1", "--recipes=paper")
     start, teacher = quality.Run("trec", 1, "paper").parts(NAME)[:2]
     assert (start.settings["task"], teacher.settings["task"]) == ("cola", "trec")
     assert (start.settings["learning_rate"], teacher.settings["learning_rate"]) == (1e-4, 1e-9)
-    encoders = []
-    for part in (start, teacher):
-        weights = load_file(tmp_path / "work/trec" / part.folder / "model.safetensors")
-        encoders.append({k: v for k, v in weights.items() if not k.startswith("classifier")})
-    # AdamW moves a weight by the rate a step at most: nine times 1e-9, and each step may round to
-    # the next float32, 6e-8 from a weight of 0.5 to 1. At 1e-4, the rate of other stages, a single
-    # step moves it by a thousand times the 1e-7 allowed here.
-    torch.testing.assert_close(*encoders, rtol=0, atol=1e-7)
+    torch.testing.assert_close(after_cola(start), after_cola(teacher), **_UNMOVED)
     assert set(record["seconds"]) >= {"start", "finetune"}
+
+
+def test_students_that_start_from_another_tasks(command, quality, after_cola, monkeypatch):
+    kept = {name: quality.RECIPES[name] for name in ("paper", "small-longer", "elastic-start")}
+    monkeypatch.setattr(quality, "RECIPES", kept)
+    monkeypatch.setattr(quality.Session, "_clean", lambda self, seed: None)
+    (record,) = command("--seeds=1", "--recipes=elastic-start")
+    *_, students, teacher, _, _ = quality.Run("trec", 1, "elastic-start").parts(NAME)
+    assert (students.task, students.stage) == ("cola", "depth")
+    torch.testing.assert_close(after_cola(students), after_cola(teacher), **_UNMOVED)
+    theirs = [f"cola {stage}" for stage in ("finetune", "rewire", "width", "depth")]
+    assert list(record["seconds"]) == [*theirs, "finetune", "width", "depth", "evaluate"]
+    assert record["settings"]["cola depth"]["training"]["epochs"] == 8
+    assert record["settings"]["depth"]["training"]["epochs"] == 2
 
 
 @pytest.fixture(scope="module")

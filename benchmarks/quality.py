@@ -282,7 +282,8 @@ class Run:
             settings = {"training": training, "distillation": distilled}
             texts = None
             if copies := recipe.copies.get(stage):
-                texts = Part(self.task, "augment", {"masked_lm": masked_lm, "copies": copies, "seed": 0})
+                how = {"masked_lm": masked_lm, "copies": copies, "seed": 0}
+                texts = Part(self.task, "augment", how)
                 found.insert(0, texts)
             student, teacher_ = found[-1], taught_by if distilled else None
             part = Part(self.task, stage, settings, student, teacher_, texts)

@@ -445,9 +445,7 @@ class Session:
             name: round(seconds[part.folder], 1) for name, part in zip(names, parts, strict=True)
         }
         record["seconds"]["evaluate"] = round(time.perf_counter() - start, 1)
-        record["settings"] = {
-            name: part.settings for name, part in zip(names, parts, strict=True)
-        }
+        record["settings"] = {name: part.settings for name, part in zip(names, parts, strict=True)}
         return record | {"environment": environment(model), "commit": _commit()}
 
     def _name(self, part: Part) -> str:

@@ -1,6 +1,6 @@
 """Builds the native modules `dynabert_fast._cpu` and `._cuda`; metadata: pyproject.toml.
 
-`DYNABERT_FAST_NATIVE=0` leaves both out: then everything but the CPU engine works.
+`DYNABERT_FAST_NATIVE=0` leaves both out: then there is no CPU engine, and plain torch computes.
 `DYNABERT_FAST_CUDA` says whether `_cuda` is built: `0` no, `1` yes, `auto` (default) where there is
 an nvcc; without it a GPU has the Triton kernels. `TORCH_CUDA_ARCH_LIST` says for which GPUs, by
 default for those of `ARCHITECTURES`.

@@ -132,8 +132,10 @@ def _head(tasks: Sequence[Record], recipes: Mapping[str, str], main: str) -> lis
     lines = [
         "# Accuracy of every sub-network",
         "",
-        f"Scores x 100 on development sets, {recipes[main]} unless said otherwise; mean and sample "
-        "standard deviation over seeds (data order, dropout, new head). *Drop*: a cell's distance "
+        f"Scores x 100 on development sets, {recipes[main]} unless said otherwise (its stages and "
+        "losses; at another rate, for fewer epochs, and without augmented data, see each task); "
+        "mean and sample standard deviation over seeds (data order, dropout, new head). "
+        "`small` is what `--recipe small-batches` trains. *Drop*: a cell's distance "
         "from the teacher of the same seed; below zero it is better than its teacher. The paper's "
         "drops are those of its Table 1 (BERT-base, 12 layers, augmented data); its models are "
         "larger, so compare drops, not scores, and mind that these have less to spare: the "
@@ -143,8 +145,9 @@ def _head(tasks: Sequence[Record], recipes: Mapping[str, str], main: str) -> lis
         "--work WORK",
         "    python benchmarks/quality.py --report",
         "",
-        "run what is missing (all of it, with another folder for `--results`), and write this "
-        "page. All numbers, settings, times and versions stand in "
+        "run what is missing (all of it, with another folder for `--results`: days; `--tasks`, "
+        "`--recipes`, `--seeds` and `--time-limit` choose), and write this page. "
+        "All numbers, settings, times and versions stand in "
         "[benchmarks/results/quality/](../benchmarks/results/quality/). Recipes that augment need "
         "`--masked-lm`: here what `python benchmarks/masked_lm.py --data-dir DATA --model MODEL "
         "--output mlm` makes of the same encoder and the tasks' training texts.",

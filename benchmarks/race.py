@@ -92,7 +92,7 @@ def row(name: str, seconds: list[float], **more: Any) -> dict[str, Any]:
 def bar(
     what: str, measured: float, least: float | None = None, most: float | None = None, **more: Any
 ) -> dict[str, Any]:
-    """A figure that was asked for, and what it must reach."""
+    """A figure with a goal."""
     return {"what": what, "measured": measured, "least": least, "most": most, **more}
 
 

@@ -184,7 +184,7 @@ def _head(report: Report, found: dict[str, Any]) -> Iterator[str]:
 
 
 def _bars(found: dict[str, Any]) -> Iterator[str]:
-    yield "| case | what | measured | asked for | limit | |"
+    yield "| case | what | measured | goal | limit | |"
     yield "|---|---|---|---|---|---|"
     for name, case in found["cases"].items():
         for bar in case["bars"]:

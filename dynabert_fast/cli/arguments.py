@@ -343,7 +343,8 @@ def add_training(
         default="fp32",
         help="fp32, or autocast to 16 bits (default fp32)",
     )
-    add("--save-every", NATURAL, 0, "also save a checkpoint every so many steps")
+    text = "also save a checkpoint every so many steps (default: after each epoch only)"
+    add("--save-every", NATURAL, 0, text)
     group.add_argument(
         "--checkpointing",
         action="store_true",

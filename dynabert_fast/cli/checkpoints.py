@@ -57,7 +57,7 @@ dynabert-fast evaluate sst2/dynabert --task sst2 --data-dir glue/SST-2 --engine 
     parser = shared.add_command(
         commands,
         "export",
-        "save a sub-network as a stand-alone checkpoint, and check it against the slice",
+        "save a sub-network as a checkpoint of its own, and check it against the slice",
         """
 dynabert-fast export sst2/dynabert --subnet w0.50-d0.75 --output sst2-small
 dynabert-fast export sst2/dynabert --subnet l0+2-h12+6-n1536+768 --output sst2-odd""",

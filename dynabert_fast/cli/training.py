@@ -127,7 +127,8 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
         "--augment",
         type=shared.COUNT,
         metavar="N",
-        help="copies of each example with words replaced (the paper: 20 or 30; default none)",
+        help="at most so many copies of each example, in English, with words replaced (the paper: "
+        "20 or 30; default none)",
     )
     group.add_argument(
         "--augment-model",

@@ -24,13 +24,15 @@ def checkpoints_folder(output: Path) -> Path:
 def whole_folder(target: Path) -> Iterator[Path]:
     """Fill a folder beside `target`, then rename it: a killed process leaves no half of one.
 
+    Where `target` is a symbolic link, that is what it points to.
+
     Yields:
         An empty folder to write into. An older `target` is replaced only once the new one is whole.
 
     Raises:
         SaveError: Writing failed (a full disk, say); what was at `target` before is untouched.
     """
-    target = Path(os.path.abspath(target))  # "." has no name
+    target = Path(os.path.realpath(target))  # "." has no name
     aside = target.with_name(f".{target.name}.saving")
     try:
         shutil.rmtree(aside, ignore_errors=True)

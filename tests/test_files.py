@@ -64,6 +64,21 @@ def test_a_whole_folder_appears(target):
     assert list(target.parent.iterdir()) == [target]
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["empty", "dangling"])
+def test_a_folder_that_a_link_names(tmp_path, there):
+    """On a larger disk, say: what was linked to is filled, and the link stays."""
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    if there:
+        disk.mkdir()
+    link.symlink_to(disk)
+    with whole_folder(link) as aside:
+        fill(aside)
+        assert aside.parent == tmp_path
+    assert link.is_symlink()
+    assert contents(disk) == {"a.txt": "new", "deep/b.txt": "new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
 def test_a_folder_that_is_named_by_a_dot(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

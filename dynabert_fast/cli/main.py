@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -32,20 +33,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_MEMORY = (
-    "the GPU has not enough memory; smaller batches need less, and so does training with "
-    "--subnets-per-pass or --checkpointing"
-)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    _use_any_console()
+    words = sys.argv[1:] if argv is None else argv
+    if unreadable := [word for word in words if not _is_text(word)]:
+        print(f"{PROGRAM}: error: {unreadable[0]!r} is not UTF-8; rename it", file=sys.stderr)
+        return BAD_INPUT
+    args = build_parser().parse_args(words)
     code, message = 0, ""
     try:
         args.run(args)
         leave_processes()
-        sys.stdout.flush()  # a reader that has gone is noticed here, not when Python exits
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a reader that has gone is noticed here, not when Python exits
     except InputError as error:
         code, message = BAD_INPUT, f"error: {error}"
     except ModuleNotFoundError as error:
@@ -55,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, message = BAD_INPUT, f"error: {missing}"
     except TrainingError as error:
         code, message = FAILED, f"error: {error}"
-    except RuntimeError as error:  # torch's OutOfMemoryError is one, and torch may not be here
-        if type(error).__name__ != "OutOfMemoryError":
+    except (MemoryError, RuntimeError) as error:
+        lacking = _lacking_memory(error)
+        if lacking is None:
             raise
-        code, message = FAILED, f"error: {_MEMORY} ({str(error).partition('. ')[0]})"
+        code, message = FAILED, f"error: {lacking}"
     except OSError as error:  # SaveError among them
         code, message = _refusal(error)
     except KeyboardInterrupt:
@@ -69,6 +71,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     if message:
         print(f"{PROGRAM}: {' '.join(message.splitlines())}", file=sys.stderr)
     return code
+
+
+def _use_any_console() -> None:
+    """Have what the console's encoding lacks printed as an escape, as on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _is_text(word: str) -> bool:
+    """Whether an argument was UTF-8; other bytes come as halves of UTF-16 pairs."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _lacking_memory(error: Exception) -> str | None:
+    """What to say where an error, of Python or torch, says that memory is used up."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, and torch may not be here
+        owner = "the GPU"
+    elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        owner = "this machine"
+    else:
+        return None
+    reason = " ".join(str(error).partition(". ")[0].split())
+    return (
+        f"{owner} has not enough memory; smaller batches need less, and so does training with "
+        f"--subnets-per-pass or --checkpointing" + f" ({reason})" * bool(reason)
+    )
 
 
 def leave_processes() -> None:

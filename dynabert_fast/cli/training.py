@@ -235,7 +235,12 @@ def _train(stage: str, args: argparse.Namespace) -> None:
     shared.quiet_libraries()
     from dynabert_fast.subnet import grid
     from dynabert_fast.training import check_teacher, run_stage, stages
-    from dynabert_fast.training.pipeline import augmented, load_config, load_model
+    from dynabert_fast.training.pipeline import (
+        augmented,
+        check_vocabulary,
+        load_config,
+        load_model,
+    )
 
     distils = stage != "final"
     augmentation = _augmentation(args) if distils else None
@@ -252,6 +257,8 @@ def _train(stage: str, args: argparse.Namespace) -> None:
     if shared.done_before(args):
         return
     data, encoded = shared.prepare(args, args.checkpoint)
+    if distils:
+        check_vocabulary(args.teacher, encoded.tokenizer)
     if augmentation is not None:
         encoded = augmented(data.train, encoded, args.augment_model, augmentation, args.max_length)
     model = load_model(args.checkpoint)

@@ -41,7 +41,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         lengths: tokens of each example, special ones included.
 
     Raises:
-        InputError: ``max_length`` leaves no room for text.
+        InputError: ``max_length`` leaves no room for text, or the tokenizer cannot read them.
     """
 
     def __init__(
@@ -60,14 +60,22 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         chunks = range(0, len(examples), _CHUNK)
         for start in tqdm(chunks, "tokenise", delay=1, leave=False, disable=None):
             rows = slice(start, start + _CHUNK)
-            encoded = tokenizer(
-                examples.texts[rows],
-                None if examples.pairs is None else examples.pairs[rows],
-                truncation=True,
-                max_length=max_length,
-                padding=False,
-                return_attention_mask=False,
-            )
+            try:
+                encoded = tokenizer(
+                    examples.texts[rows],
+                    None if examples.pairs is None else examples.pairs[rows],
+                    truncation=True,
+                    max_length=max_length,
+                    padding=False,
+                    return_attention_mask=False,
+                )
+            except Exception as error:
+                if type(error) is not Exception:  # what the tokenizers library raises
+                    raise
+                raise InputError(
+                    f"the tokenizer cannot read the texts ({error}); copy its files again, from "
+                    "the pretrained model"
+                ) from error
             self.lengths += map(len, encoded["input_ids"])
             ids += [np.array(row, np.int32) for row in encoded["input_ids"]]
             types += [np.array(row, np.int8) for row in encoded.get("token_type_ids", ())]
@@ -92,6 +100,11 @@ class EncodedDataset(Dataset[dict[str, Any]]):
     def largest_id(self) -> int:
         """The largest token id, -1 without tokens."""
         return int(self._ids.max(initial=-1))
+
+    @property
+    def largest_type(self) -> int:
+        """The largest token type, 0 without types."""
+        return 0 if self._types is None else int(self._types.max(initial=0))
 
     def digest(self) -> str:
         """A short hash of all examples."""
@@ -236,8 +249,9 @@ class TokenBudgetSampler(Sampler[list[int]]):
         least = max(parts * longest, longest - 1 - -total // (count // parts))
         if tokens < least:
             raise InputError(
-                f"tokens_per_step must be at least {least}, so that each of a step's {parts} "
-                f"batches holds an example of at most {longest} tokens, got {tokens}"
+                f"tokens_per_step must be at least {least} here, got {tokens}: a step's {parts} "
+                f"batches have an example each, the longest of {longest} tokens, the mean of "
+                f"{total / count:.1f}"
             )
         self.steps = -(-total // (tokens - longest + 1))
 

@@ -40,6 +40,13 @@ class Examples:
     pairs: list[str] | None
     labels: list[int] | list[float]
 
+    def __post_init__(self) -> None:
+        """Refuse columns of different lengths."""
+        columns = (self.texts, self.labels, *([] if self.pairs is None else [self.pairs]))
+        if len({len(column) for column in columns}) > 1:
+            lengths = ", ".join(str(len(column)) for column in columns)
+            raise InputError(f"texts, labels and pairs must be as many, got {lengths}")
+
     def __len__(self) -> int:
         return len(self.texts)
 
@@ -380,6 +387,8 @@ def _fields(record: dict[str, Any], wanted: Sequence[str], where: str) -> list[s
             raise InputError(f"{where}: column {column!r} must be text, got {_show(text)}")
     if not isinstance(label, str | int | float) or label in (math.inf, -math.inf) or label != label:
         raise InputError(f"{where}: label {_show(label)} must be a string or a finite number")
+    if isinstance(label, str) and _SURROGATE.search(label):
+        raise InputError(f"{where}: label {_show(label)} must be text")
     if isinstance(label, float) and label.is_integer():
         label = int(label)  # 1 and 1.0 are one number
     return [*texts, str(label)]

@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
@@ -42,6 +42,7 @@ from dynabert_fast.training.stages import (
     Stage,
     StageData,
     TrainingOptions,
+    check_precision,
     process_group,
     run_stage,
     stages,
@@ -90,9 +91,6 @@ class FitOptions:
 # What the hub takes for a name; a path may look like one, anything else is a path.
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
-# What the libraries raise for files that are not what they should be.
-_REFUSALS = (OSError, ValueError, TypeError, KeyError, AttributeError)
-
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 # Parameters that fine-tuning makes anew where a pretrained encoder lacks them.
@@ -114,8 +112,8 @@ def _loading(source: str | Path, problem: str = "does not load as a checkpoint")
         yield
     except InputError:
         raise
-    except (*_REFUSALS, RuntimeError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # whatever a library finds: tokenizers raises nothing more special
+        reason = " ".join((str(error).splitlines() or [type(error).__name__])[:2])
         where = "" if here else " is not a folder, and from the hub it"
         raise InputError(f"{source}{where} {problem} ({reason})") from error
 
@@ -188,6 +186,23 @@ def check_steps(encoded: StageData, options: FitOptions, processes: int) -> None
             raise InputError(f"stage {name}: {error}") from None
 
 
+def check_vocabulary(teacher: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher with a tokenizer of its own that gives tokens other ids.
+
+    Raises:
+        InputError: A token has another id, or one of the two does not have it.
+    """
+    try:
+        theirs = load_tokenizer(teacher).get_vocab()
+    except InputError:
+        return  # it came without one
+    if unlike := set(theirs.items()) ^ set(tokenizer.get_vocab().items()):
+        raise InputError(
+            f"{teacher} has another vocabulary than the student ({min(unlike)[0]!r} has another "
+            "id, or none); both read the same tokens"
+        )
+
+
 def check_length(name: str, length: int, config: DynaBertConfig) -> None:
     """Raise `InputError` where `length` tokens are more than the model has positions."""
     if length > config.max_tokens:
@@ -206,9 +221,17 @@ def check_options(config: DynaBertConfig, options: FitOptions) -> None:
     """Refuse options that do not fit a model, before any work is done.
 
     Raises:
-        InputError: A multiplier keeps no head or layer, a length is beyond the model's, or
-            augmentation has no masked language model.
+        InputError: A multiplier keeps no head or layer, a length is beyond the model's,
+            augmentation has no masked language model, or a value is none of its option's.
     """
+    if options.rewiring not in (None, *get_args(Accumulation)):
+        allowed = ", ".join(map(repr, get_args(Accumulation)))
+        raise InputError(f"rewiring must be {allowed} or None, got {options.rewiring!r}")
+    for name in ("max_length", "latency_batch_size", "latency_length", "latency_rounds"):
+        if not getattr(options, name) >= 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(options, name)}")
+    for training in options.training.values():
+        check_precision(training)
     if options.augmentation is not None and not options.masked_lm:
         raise InputError("augmentation needs a masked language model: name its folder or hub id")
     for stage in options.stages.values():
@@ -222,7 +245,7 @@ def stage_data(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: i
     return StageData(
         EncodedDataset(data.train, tokenizer, max_length),
         EncodedDataset(data.dev, tokenizer, max_length),
-        Collator(tokenizer.pad_token_id),
+        Collator(tokenizer.pad_token_id or 0),  # where it has none: padding is not computed
         tokenizer,
         data.task.metric,
     )
@@ -249,11 +272,14 @@ def augmented(
         progress: Show a progress bar.
 
     Raises:
-        InputError: The masked language model cannot serve.
+        InputError: The masked language model cannot serve, or what is in `file` is damaged.
         SaveError: `file` could not be written.
     """
     if file is not None and file.is_file():
-        found = Examples(**json.loads(file.read_text(encoding="utf-8")))
+        try:
+            found = Examples(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{file} is damaged; delete it, and it is made anew") from error
     else:
         model, tokenizer = load_masked_lm(masked_lm)
         model.to(device())

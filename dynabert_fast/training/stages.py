@@ -186,6 +186,18 @@ class TrainingOptions:
         ):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name, least in (("weight_decay", 0), ("max_grad_norm", 0), ("save_every", 0)):
+            if not getattr(self, name) >= least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("batch_size", "gradient_accumulation", "eval_batch_size", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise InputError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise InputError(f"max_steps must be above 0, or -1 for epochs, got {self.max_steps}")
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"seed must be in 0 to {(1 << 32) - 1}, got {self.seed}")
+        if not isinstance(self.schedule, Schedule):
+            raise InputError(f"schedule must be a Schedule, got {self.schedule!r}")
         if self.tokens_per_step is not None and self.tokens_per_step < 1:
             raise InputError(f"tokens_per_step must be above 0, got {self.tokens_per_step}")
         if self.warmup is not None and not 0 <= self.warmup < 1:
@@ -232,6 +244,16 @@ class TrainingOptions:
             accelerator_config={"non_blocking": torch.cuda.is_available()},
             **({CHECKPOINTING: True} if self.checkpointing else {}),
         )
+
+
+def check_precision(options: TrainingOptions) -> None:
+    """Refuse `fp16` where there is no GPU: accelerate would train in fp32 and not say so.
+
+    Raises:
+        InputError: As said.
+    """
+    if options.precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("fp16 trains on GPUs only, and torch sees none here; choose bf16 or fp32")
 
 
 def process_group() -> PartialState:
@@ -287,15 +309,20 @@ def run_stage(
     Raises:
         InputError: `output` or its checkpoints exist (without `resume`), the checkpoints are of a
             run of other settings, data, student, teacher or number of processes, all of them are
-            damaged, or the teacher is missing or does not fit the student.
+            damaged, the teacher is missing or does not fit the student, there are no examples or
+            such as a model cannot read, or the precision is not for this device.
         SaveError: A checkpoint could not be written.
         TrainingError: A loss is NaN or infinite; the batch is beside the checkpoints.
     """
     output, options = Path(output), options or TrainingOptions()
+    check_precision(options)
     if stage.recipe is not None:
         if teacher is None:
             raise InputError(f"stage {stage.name} distils: give the teacher's checkpoint")
         check_teacher(stage.recipe, model.config, teacher.config)
+    for name, examples in (("training", data.train), ("development", data.dev)):
+        if not len(examples):
+            raise InputError(f"stage {stage.name}: there are no {name} examples")
     run = checkpoints_folder(output)
     if resume and (output / "config.json").is_file():
         shutil.rmtree(run, ignore_errors=True)  # where the earlier process was killed before this

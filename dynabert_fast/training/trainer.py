@@ -35,7 +35,7 @@ from dynabert_fast.data import (
 from dynabert_fast.errors import InputError, SaveError
 from dynabert_fast.evaluation.grid import make_batches, score_grid, total_score
 from dynabert_fast.files import is_write_failure, save_error, whole_folder, write_manifest
-from dynabert_fast.models import DynaBertForSequenceClassification
+from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.models.packed import PackedSequences
 from dynabert_fast.subnet import Subnet
 from dynabert_fast.training.batches import PackingCollator, batch_shares
@@ -72,6 +72,36 @@ def widen(model: nn.Module) -> None:
         model.float()
 
 
+def check_readable(who: str, config: DynaBertConfig, examples: EncodedDataset) -> None:
+    """Refuse examples that a model cannot read, of which a GPU would not say so.
+
+    Args:
+        who: The model, in messages.
+        config: Its configuration.
+        examples: What it is to read.
+
+    Raises:
+        InputError: As said.
+    """
+    if examples.largest_id >= config.vocab_size:
+        raise InputError(
+            f"the {who}'s token ids are in 0 to {config.vocab_size - 1}, got "
+            f"{examples.largest_id}; is this the checkpoint's own tokenizer?"
+        )
+    if examples.largest_type >= config.type_vocab_size:
+        raise InputError(
+            f"the {who} knows {config.type_vocab_size} types of token, the examples have "
+            f"{examples.largest_type + 1}, as for pairs of texts; is this the checkpoint's own "
+            "tokenizer?"
+        )
+    longest = max(examples.lengths, default=0)
+    if longest > config.max_tokens:
+        raise InputError(
+            f"the {who} reads at most {config.max_tokens} tokens, an example has {longest}; "
+            "lower max_length"
+        )
+
+
 class ElasticTrainer(Trainer):
     """Trains sub-networks of one model together: each step sums their gradients.
 
@@ -95,7 +125,7 @@ class ElasticTrainer(Trainer):
         **kwargs: Of `transformers.Trainer`.
 
     Raises:
-        InputError: Examples have token ids that the model does not have.
+        InputError: Examples have token ids or types that a model does not have, or are too long.
     """
 
     def __init__(
@@ -117,12 +147,10 @@ class ElasticTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         assert (teacher is None) == (recipe is None), "a teacher and a recipe go together"
-        largest = max(train_dataset.largest_id, eval_dataset.largest_id)
-        if largest >= model.config.vocab_size:  # a GPU would not say so
-            raise InputError(
-                f"token ids must be in 0 to {model.config.vocab_size - 1}, got {largest}; is this "
-                "the checkpoint's own tokenizer?"
-            )
+        check_readable("model", model.config, train_dataset)
+        check_readable("model", model.config, eval_dataset)
+        if teacher is not None:
+            check_readable("teacher", teacher.config, train_dataset)
         widen(model)
         # The Trainer would use DataParallel, which cannot split packed sequences.
         if args.n_gpu > 1:

@@ -46,7 +46,17 @@ def places(checkpoints, make_checkpoint, data, sources, latency, tmp_path_factor
     (torn / "tokenizer.json").write_text("{")
     for file in mute.glob("tokenizer*"):
         file.unlink()
+    fields, words, unread = (like("classifier", name) for name in ("fields", "words", "unread"))
+    (fields / "tokenizer.json").write_text('{"version": "1.0"}')
+    found = json.loads((words / "tokenizer.json").read_text())
+    ids = found["model"]["vocab"]
+    last, before = sorted(ids, key=ids.get)[-1], sorted(ids, key=ids.get)[-2]
+    ids[last], ids[before] = ids[before], ids[last]
+    (words / "tokenizer.json").write_text(json.dumps(found))
+    found["model"] = {"type": "WordLevel", "vocab": ids, "unk_token": "[NONE]"}
+    (unread / "tokenizer.json").write_text(json.dumps(found))
     text_files = {
+        "half.jsonl": '{"text": "a film", "label": "\\ud800"}\n',
         "ugly.csv": "text,label\na film,ugly\na plot,bad\n",
         "empty.csv": "",
         "header.csv": "text,label\n",
@@ -74,6 +84,10 @@ def places(checkpoints, make_checkpoint, data, sources, latency, tmp_path_factor
         "bare": bare,
         "mute": mute,
         "torn": torn,
+        "fields": fields,
+        "words": words,
+        "unread": unread,
+        "typed": like("classifier", "typed", classifier_dropout="x"),
         "headless": like("pretrained", "headless", id2label={"0": "good", "1": "bad"}),
         "deep": make_checkpoint(root / "deep", labels, num_hidden_layers=6),
         "wide": make_checkpoint(root / "wide", labels, hidden_size=32),
@@ -122,6 +136,7 @@ def cases(*table):
     ("a folder", f"--train-file {{empty}} {OWN}", "unknown suffix"),
     ("unknown suffix", f"--train-file {{root}}/unsuffixed {OWN}", ".csv, .tsv, .jsonl"),
     ("torn row", f"--train-file {{root}}/torn.csv {OWN}", "line 2: 3 fields"),
+    ("half a pair", f"--train-file {{root}}/half.jsonl {OWN}", r"label '\ud800' must be text"),
     ("one class", f"--train-file {{root}}/one.csv {OWN}", "every label is 'bad'"),
     (
         "label of the development file not in the training file",
@@ -204,6 +219,7 @@ WEIGHTS = cases(
     ("no weights", "{bare}", "holds no weights"),
     ("no tokenizer", "{mute}", "has no tokenizer; copy that of its pretrained model into it"),
     ("damaged tokenizer", "{torn}", "has no tokenizer that loads"),
+    ("tokenizer without its parts", "{fields}", "has no tokenizer that loads"),
 )
 
 
@@ -390,6 +406,35 @@ def test_student_and_teacher(fails, command, message):
     assert message in fails(f"{program} {command}")
 
 
+def test_a_teacher_with_other_words(fails):
+    command = "train-width {classifier} --teacher {words} {classes} --output {out} " + SMALL
+    assert "has another vocabulary than the student" in fails(command)
+
+
+def test_a_value_of_another_type(fails):
+    error = fails("export {typed} --subnet w0.50-d0.50 --output {out}")
+    assert "does not load as a checkpoint (" in error
+
+
+def test_a_tokenizer_that_cannot_read_the_texts(fails):
+    message = "the tokenizer cannot read the texts (WordLevel error: Missing [UNK] token"
+    assert message in fails("evaluate {unread} {classes} {latency}")
+
+
+def test_a_tokenizer_without_padding(cli, places, tmp_path):
+    """It is not needed: what pads a batch is not computed."""
+    folder = shutil.copytree(places["classifier"], tmp_path / "x")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": None}))
+    command = shlex.split(f"{places['classes']} {places['latency']} --widths 1 --depths 1")
+    found = []
+    for source in (places["classifier"], folder):
+        assert cli("evaluate", source, *command, "--output", tmp_path / "grid").code == 0
+        (cell,) = json.loads((tmp_path / "grid" / "grid.json").read_text())["cells"]
+        found.append(cell["metrics"])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("option", ["--teacher-width", "--hidden-target"])
 def test_choices_of_distillation(fails, option):
     program = f"train-depth {{classifier}} {UNREAD} --output {{out}} --teacher {{classifier}}"
@@ -457,6 +502,12 @@ def test_the_library_checks_before_it_works(places, tmp_path):
         fit(places["pretrained"], None, out, FitOptions(max_length=25))
     with pytest.raises(InputError, match="folder is not empty"):
         rewire_checkpoint(classifier, None, places["folder"])
+    for values, message in (
+        ({"rewiring": "foo"}, "rewiring must be 'per_batch', 'running' or None, got 'foo'"),
+        ({"latency_rounds": 0}, "latency_rounds must be at least 1, got 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit(places["pretrained"], None, out, FitOptions(**{"max_length": 16, **values}))
     student, teacher = load_model(classifier), load_model(places["swapped"])
     with pytest.raises(InputError, match="the teacher's labels are"):
         run_stage(stages()["width"], student, None, out, teacher=teacher)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import signal
 import subprocess
@@ -14,7 +16,7 @@ from torch import distributed
 
 from dynabert_fast import __version__
 from dynabert_fast.cli import info
-from dynabert_fast.cli.main import build_parser
+from dynabert_fast.cli.main import build_parser, main
 from dynabert_fast.errors import InputError, SaveError, TrainingError
 
 COMMANDS = (
@@ -99,8 +101,14 @@ def test_bad_usage_is_one_line(refused, argv, message):
             1,
             "--subnets-per-pass or --checkpointing (CUDA out of memory)",
         ),
+        (MemoryError(), 1, "training with --subnets-per-pass or --checkpointing"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes. x"),
+            1,
+            "([enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes)",
+        ),
     ],
-    ids=["bad input", "not saved", "no number", "operating system", "memory"],
+    ids=["bad input", "not saved", "no number", "operating system", "memory", "Python", "torch"],
 )
 def test_an_error_is_one_line_and_an_exit_code(cli, monkeypatch, raised, code, message):
     def run(args):
@@ -114,10 +122,35 @@ def test_an_error_is_one_line_and_an_exit_code(cli, monkeypatch, raised, code, m
     assert result.err.count("\n") == 1
 
 
-def test_an_error_of_our_own_is_not_hidden(cli, monkeypatch):
-    monkeypatch.setattr(info, "_info", lambda args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("error", [ZeroDivisionError("x"), RuntimeError("x")])
+def test_an_error_of_our_own_is_not_hidden(cli, monkeypatch, error):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(info, "_info", run)
+    with pytest.raises(type(error)):
         cli("info")
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_done(refused):
+    name = os.fsdecode(b"t\xff.csv")
+    assert r"'t\udcff.csv' is not UTF-8; rename it" in refused("fit", "--train-file", name)
+
+
+def test_a_console_of_another_encoding(cli, monkeypatch):
+    """A table's signs, or a name, do not end a run that is done."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(info, "_info", lambda args: print("1 × ü"))
+    assert main(["info"]) == 0
+    assert console.buffer.getvalue() == b"1 \\xd7 \\xfc\n"
+
+
+def test_without_an_output(monkeypatch):
+    """As under `>&-`, where Python has no stream."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(info, "_info", lambda args: print("x"))
+    assert main(["info"]) == 0
 
 
 @pytest.mark.slow

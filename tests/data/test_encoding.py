@@ -352,7 +352,10 @@ def test_budget_in_a_loader(tokenizer: PreTrainedTokenizerBase) -> None:
     ids=["mean", "remainder", "longest", "one step"],
 )
 def test_budgets_too_small(of: list[int], tokens: int, parts: int, least: int) -> None:
-    with pytest.raises(InputError, match=f"tokens_per_step must be at least {least}, so .*{parts}"):
+    message = (
+        f"must be at least {least} here, got {tokens}: a step's {parts} .* of {max(of)} tokens"
+    )
+    with pytest.raises(InputError, match=message):
         TokenBudgetSampler(of, tokens, parts)
     TokenBudgetSampler(of, least, parts)
 

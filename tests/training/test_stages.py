@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dynabert_fast.data import EncodedDataset, Examples
 from dynabert_fast.errors import InputError, SaveError, TrainingError
 from dynabert_fast.files import write_manifest
 from dynabert_fast.models import DynaBertForSequenceClassification
@@ -90,6 +91,13 @@ BAD_OPTIONS = {
     "evaluation batch": ({"eval_batch_size": 0}, "eval_batch_size must be above 0"),
     "warm-up": ({"warmup": 1.0}, r"a share of the steps in \[0, 1\), got 1.0"),
     "precision": ({"precision": "int8"}, "precision must be fp32, bf16 or fp16, got 'int8'"),
+    "part of a batch": ({"batch_size": 2.5}, "batch_size must be a whole number, got 2.5"),
+    "no steps": ({"max_steps": 0}, "max_steps must be above 0, or -1 for epochs, got 0"),
+    "seed": ({"seed": -1}, "seed must be in 0 to 4294967295, got -1"),
+    "saving": ({"save_every": -1}, "save_every must be at least 0, got -1"),
+    "decay": ({"weight_decay": float("nan")}, "weight_decay must be at least 0, got nan"),
+    "clipping": ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0, got -1.0"),
+    "schedule": ({"schedule": "sandwich"}, "schedule must be a Schedule, got 'sandwich'"),
 }
 
 
@@ -168,6 +176,41 @@ MISFITS = {
 def test_a_teacher_that_does_not_fit_is_refused(make_data, make_student, tmp_path, fields, message):
     with pytest.raises(InputError, match=message):
         go("depth", make_student(), make_data(), tmp_path / "out", make_student(seed=1, **fields))
+    assert names(tmp_path) == set()
+
+
+READ = ("model", "teacher")
+READERS = {
+    "positions": ({"max_position_embeddings": 4}, "reads at most 4 tokens, an example has"),
+    "types": ({"type_vocab_size": 1}, "knows 1 types of token, the examples have 2"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), READERS.values(), ids=READERS.keys())
+@pytest.mark.parametrize("who", READ)
+def test_who_cannot_read_the_examples_is_refused(
+    make_data, make_student, tmp_path, who, fields, message
+):
+    """Before the first step, not in the batch that has the long one."""
+    models = {name: make_student("pair", **(fields if name == who else {})) for name in READ}
+    with pytest.raises(InputError, match=f"the {who} {message}"):
+        go("width", models["model"], make_data("pair"), tmp_path / "out", models["teacher"])
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("part", ["train", "dev"])
+def test_no_examples_are_refused(make_data, make_student, make_task, tokenizer, tmp_path, part):
+    none = EncodedDataset(Examples([], None, []), tokenizer)
+    with pytest.raises(InputError, match=r"there are no (training|development) examples"):
+        go("final", make_student(), replace(make_data(), **{part: none}), tmp_path / "out")
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 trains on a GPU")
+def test_fp16_is_refused_where_it_would_be_fp32(make_data, make_student, tmp_path):
+    options = replace(OPTIONS, precision="fp16")
+    with pytest.raises(InputError, match=r"fp16 trains on GPUs only, .* choose bf16 or fp32"):
+        go("final", make_student(), make_data(), tmp_path / "out", options=options)
     assert names(tmp_path) == set()
 
 

@@ -11,7 +11,8 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from numbers import Real
+from typing import Any, Protocol
 
 from dynabert_fast.errors import InputError
 
@@ -58,14 +59,7 @@ class Subnet:
     def __post_init__(self) -> None:
         """Lists and numpy's integers become tuples of int: equal sub-networks are one key."""
         for name in ("layers", "heads", "neurons"):
-            given = getattr(self, name)
-            try:
-                values = tuple(map(operator.index, given))
-            except TypeError:
-                raise InputError(
-                    f"{name} of a sub-network must be a sequence of integers, got {given!r}"
-                ) from None
-            object.__setattr__(self, name, values)
+            object.__setattr__(self, name, _integers(name, getattr(self, name)))
 
     @classmethod
     def from_multipliers(
@@ -86,24 +80,32 @@ class Subnet:
             InputError: A multiplier is outside (0, 1], or leaves no head or no layer.
         """
         for name, value in (("width", width), ("depth", depth)):
+            if not issubclass(type(value), Real):
+                raise InputError(f"{name} must be a number in (0, 1], got {type(value).__name__}")
             if not 0 < value <= 1:  # also refuses NaN
                 raise InputError(f"{name} must be in (0, 1], got {value}")
         total = len(config.layer_heads)
         kept = round(depth * total)
         if kept < 1:
-            raise InputError(f"depth must keep 1 to {total} layers, got {depth} (0 layers)")
+            raise InputError(
+                f"depth must keep 1 to {total} layers, got {depth} (0 layers); "
+                "choose depths that do"
+            )
         layers = tuple(math.floor(i / depth) for i in range(kept))
         heads, neurons = [], []
         for layer in layers:
             all_heads = config.layer_heads[layer]
             h = round(all_heads * width)
             if h < 1:
-                raise InputError(f"width must keep 1 to {all_heads} heads, got {width} (0 heads)")
+                raise InputError(
+                    f"width must keep 1 to {all_heads} heads, got {width} (0 heads); "
+                    "choose widths that do"
+                )
             n = int(h / all_heads * config.layer_neurons[layer])
             if n < 1:
                 raise InputError(
                     f"width must keep 1 to {config.layer_neurons[layer]} neurons, "
-                    f"got {width} (0 neurons)"
+                    f"got {width} (0 neurons); choose widths that do"
                 )
             heads.append(h)
             neurons.append(n)
@@ -128,7 +130,9 @@ class Subnet:
         Raises:
             InputError: The three lengths differ, or an entry is out of its range.
         """
-        subnet = cls(tuple(layers), tuple(heads), tuple(neurons))
+        subnet = cls(
+            _integers("layers", layers), _integers("heads", heads), _integers("neurons", neurons)
+        )
         subnet.check(config)
         return subnet
 
@@ -188,14 +192,23 @@ class Subnet:
 
 def grid(
     config: ElasticConfig,
-    widths: Sequence[float] = WIDTHS,
-    depths: Sequence[float] = DEPTHS,
+    widths: Sequence[float] | None = None,
+    depths: Sequence[float] | None = None,
 ) -> tuple[Subnet, ...]:
     """Every width at every depth: depth outer, width inner, both descending (the training order).
+
+    Args:
+        config: The model's configuration.
+        widths: Width multipliers; default those of `WIDTHS` that keep a head and a neuron.
+        depths: Depth multipliers; default those of `DEPTHS` that keep a layer.
 
     Raises:
         InputError: A list is empty or a multiplier does not fit the model.
     """
+    if widths is None:
+        widths = [width for width in WIDTHS if _fits(config, width=width)]
+    if depths is None:
+        depths = [depth for depth in DEPTHS if _fits(config, depth=depth)]
     if not widths or not depths:
         raise InputError("a grid needs at least one width and one depth, got none")
     return tuple(
@@ -203,6 +216,23 @@ def grid(
         for depth in sorted(set(depths), reverse=True)
         for width in sorted(set(widths), reverse=True)
     )
+
+
+def _fits(config: ElasticConfig, width: float = 1.0, depth: float = 1.0) -> bool:
+    try:
+        Subnet.from_multipliers(config, width, depth)
+    except InputError:
+        return False
+    return True
+
+
+def _integers(name: str, given: Any) -> tuple[int, ...]:
+    try:
+        return tuple(map(operator.index, given))
+    except TypeError:
+        raise InputError(
+            f"{name} of a sub-network must be a sequence of integers, got {given!r}"
+        ) from None
 
 
 def _number(value: float) -> str:

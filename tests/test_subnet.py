@@ -136,6 +136,36 @@ def test_grid_is_depth_outer_width_inner_descending():
     assert (WIDTHS, DEPTHS) == ((1.0, 0.75, 0.5, 0.25), (1.0, 0.75, 0.5))
 
 
+@pytest.mark.parametrize(
+    ("config", "widths", "depths"),
+    [
+        (uniform(2, 2, 64), (1, 0.75, 0.5), (1, 0.75, 0.5)),
+        (uniform(2, 1, 64), (1, 0.75), (1, 0.75, 0.5)),
+        (uniform(1, 4, 64), (1, 0.75, 0.5, 0.25), (1, 0.75)),
+        (uniform(4, 4, 3), (1, 0.75, 0.5), (1, 0.75, 0.5)),
+        (Config([4, 2], [64, 64]), (1, 0.75, 0.5), (1, 0.75, 0.5)),
+    ],
+    ids=["two heads", "one head", "one layer", "three neurons", "one layer of two heads"],
+)
+def test_the_default_grid_is_what_fits_of_the_papers(config, widths, depths):
+    assert list(map(str, grid(config))) == list(map(str, grid(config, widths, depths)))
+    assert {s.depth for s in grid(config, widths=(1,))} == set(depths)
+    assert {s.width for s in grid(config, depths=(1,))} == set(widths)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"widths": WIDTHS}, "width must keep 1 to 1 heads, got 0.5 (0 heads); choose widths"),
+        ({"depths": DEPTHS}, "depth must keep 1 to 1 layers, got 0.5 (0 layers); choose depths"),
+    ],
+)
+def test_multipliers_that_are_given_must_fit(given, message):
+    with pytest.raises(InputError) as error:
+        grid(uniform(1, 1, 64), **given)
+    assert message in str(error.value)
+
+
 def test_grid_sorts_and_drops_duplicates():
     names = [str(s) for s in grid(BERT, widths=(0.5, 1, 0.5), depths=(0.5, 0.75))]
     assert names == ["w1.00-d0.75", "w0.50-d0.75", "w1.00-d0.50", "w0.50-d0.50"]
@@ -148,6 +178,18 @@ def test_grid_sorts_and_drops_duplicates():
         (lambda: Subnet.from_multipliers(BERT, -0.5), "width must be in (0, 1], got -0.5"),
         (lambda: Subnet.from_multipliers(BERT, 1.01), "width must be in (0, 1], got 1.01"),
         (lambda: Subnet.from_multipliers(BERT, float("nan")), "width must be in (0, 1], got nan"),
+        (
+            lambda: Subnet.from_multipliers(BERT, "0.5"),
+            "width must be a number in (0, 1], got str",
+        ),
+        (
+            lambda: Subnet.from_multipliers(BERT, 1, None),
+            "depth must be a number in (0, 1], got NoneType",
+        ),
+        (
+            lambda: Subnet.from_multipliers(BERT, np.ones(99)),
+            "width must be a number in (0, 1], got ndarray",
+        ),
         (lambda: Subnet.from_multipliers(BERT, 1, 0), "depth must be in (0, 1], got 0"),
         (lambda: Subnet.from_multipliers(BERT, 1, 2), "depth must be in (0, 1], got 2"),
         (
@@ -161,6 +203,14 @@ def test_grid_sorts_and_drops_duplicates():
         (
             lambda: Subnet.from_multipliers(uniform(neurons=3), 0.25),
             "width must keep 1 to 3 neurons, got 0.25 (0 neurons)",
+        ),
+        (
+            lambda: Subnet.from_extents(BERT, 0, 4, 64),
+            "layers of a sub-network must be a sequence of integers, got 0",
+        ),
+        (
+            lambda: Subnet.from_extents(BERT, [0], [4], None),
+            "neurons of a sub-network must be a sequence of integers, got None",
         ),
         (
             lambda: Subnet.from_extents(BERT, [0, 1], [12], [3072, 3072]),

@@ -341,7 +341,7 @@ def add_training(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
         default="fp32",
-        help="fp32, or autocast to 16 bits (default fp32)",
+        help="fp32, or autocast to 16 bits (default fp32; fp16 on GPUs only)",
     )
     text = "also save a checkpoint every so many steps (default: after each epoch only)"
     add("--save-every", NATURAL, 0, text)

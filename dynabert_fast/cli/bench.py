@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynabert_fast.cli import arguments as shared
 from dynabert_fast.engine import DTYPES
-from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
+from dynabert_fast.subnet import Subnet, grid
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,7 +89,7 @@ def _tune(args: argparse.Namespace) -> None:
             for subnet in grid(model.config):
                 model(ids, subnet=subnet)
         if taught is not None:
-            for widths, depths in ((WIDTHS, DEPTHS), (WIDTHS, (1.0,)), ((1.0,), (1.0,))):
+            for widths, depths in ((None, None), (None, (1.0,)), ((1.0,), (1.0,))):
                 distil_once(taught, ids, grid(taught.config, widths, depths), dtype)
         print(f"{tokens} tokens: {len(grid(model.config))} sub-networks")
         tokens *= 2

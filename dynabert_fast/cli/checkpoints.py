@@ -52,6 +52,7 @@ dynabert-fast evaluate sst2/dynabert --task sst2 --data-dir glue/SST-2 --engine 
     )
     shared.add_data(parser)
     shared.add_grid(parser)
+    parser.set_defaults(widths=None, depths=None)  # those that fit the model
     shared.add_latency(parser)
 
     parser = shared.add_command(
@@ -150,6 +151,7 @@ def _export(args: argparse.Namespace) -> None:
     subnet = Subnet.parse(load_config(args.checkpoint), args.subnet)
     tokenizer = load_tokenizer(args.checkpoint)
     model = load_model(args.checkpoint).eval()
+    model.check_finite()
     part = model.extract(subnet)
     with whole_folder(args.output) as aside:
         part.save_pretrained(aside)

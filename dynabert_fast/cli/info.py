@@ -26,6 +26,7 @@ dynabert-fast info sst2/dynabert""",
         "checkpoint", nargs="?", help="also describe this checkpoint: folder or hub id"
     )
     shared.add_grid(parser)
+    parser.set_defaults(widths=None, depths=None)  # those that fit the model
     parser.add_argument(
         "--length",
         type=shared.COUNT,

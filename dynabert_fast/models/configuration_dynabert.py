@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -66,6 +67,7 @@ class DynaBertConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill `head_size` and refuse what the encoder does not compute."""
+        self._check()
         if not self.head_size:
             if self.hidden_size % self.num_attention_heads:
                 raise InputError(
@@ -73,6 +75,18 @@ class DynaBertConfig(PreTrainedConfig):
                     f"got {self.hidden_size} and {self.num_attention_heads}"
                 )
             self.head_size = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 1:
+                raise InputError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.backbone not in BACKBONES:
             raise InputError(
                 f"backbone must be one of {', '.join(BACKBONES)}, got {self.backbone!r}"
@@ -88,7 +102,18 @@ class DynaBertConfig(PreTrainedConfig):
                     f"{name} must have one entry for each of the {self.num_hidden_layers} layers, "
                     f"got {len(values)}"
                 )
-        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in `PreTrainedConfig`, which sets fields of `kwargs` after the others are checked.
+
+        Raises:
+            InputError: The encoder does not compute what the fields say.
+        """
+        found = super().from_dict(config_dict, **kwargs)
+        config = found[0] if kwargs.get("return_unused_kwargs") else found
+        config._check()
+        return found
 
     @property
     def layer_heads(self) -> list[int]:

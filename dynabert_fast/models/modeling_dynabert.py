@@ -289,6 +289,7 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         Raises:
             InputError: The sub-network does not fit the model.
         """
+        _check_kind(subnet)
         subnet.check(self.config)
         view = copy.copy(self)
         view._default_subnet = subnet
@@ -305,8 +306,7 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         if isinstance(subnet, SubnetTree):
             given = list(subnet.subnets)
         for one in given:
-            if not isinstance(one, Subnet):
-                raise InputError(f"subnet must be a Subnet, got {type(one).__name__}")
+            _check_kind(one)
             if _compiling():  # a look into the set would be compiled in, and what it held then
                 one.check(self.config)
             elif one not in self._known_subnets:
@@ -327,6 +327,7 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         Raises:
             InputError: The sub-network does not fit the model.
         """
+        _check_kind(subnet)
         subnet.check(self.config)
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = len(subnet.layers)
@@ -347,6 +348,18 @@ class DynaBertPreTrainedModel(PreTrainedModel):
                 target.copy_(source[tuple(slice(0, n) for n in target.shape)])
         return model
 
+    def check_finite(self) -> None:
+        """Raise `InputError` where a weight is NaN or infinite, with its name in a checkpoint."""
+        state = self.state_dict()
+        if all(tensor.isfinite().all() for tensor in state.values()):
+            return
+        saved = to_huggingface(state, self.config)
+        first = next(name for name, tensor in saved.items() if not tensor.isfinite().all())
+        raise InputError(
+            f"weights must be finite, and {first} has NaN or infinite ones; train the model "
+            "again, or copy its checkpoint again"
+        )
+
     def pack(
         self, dtype: str | None = None, threads: int | None = None, isa: str | None = None
     ) -> CpuEngine | GpuEngine:
@@ -363,8 +376,9 @@ class DynaBertPreTrainedModel(PreTrainedModel):
             isa: On a CPU, the instruction set; default the best that the processor has.
 
         Raises:
-            InputError: An argument is unknown, or the weights cannot be quantised.
+            InputError: An argument is unknown, or a weight is NaN or infinite.
         """
+        self.check_finite()
         if self.device.type == "cuda":
             from dynabert_fast.engine.gpu import GpuEngine
 
@@ -771,6 +785,11 @@ class DynaBertForSequenceClassification(DynaBertPreTrainedModel):
             loss=loss, logits=logits, hidden_states=_hidden_output(hidden, packed, keep, unpack)
         )
         return output if _flag(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+def _check_kind(subnet: Any) -> None:
+    if not isinstance(subnet, Subnet):
+        raise InputError(f"subnet must be a Subnet, got {type(subnet).__name__}")
 
 
 def _compiling() -> bool:

@@ -31,6 +31,14 @@ def test_times_the_whole_grid_of_a_checkpoint(cli, checkpoints, dtype):
     assert all(re.fullmatch(r"  w\d\.\d\d-d\d\.\d\d +\d+\.\d\d ms  x\d+\.\d\d", x) for x in lines)
 
 
+def test_times_what_fits_of_the_grid_of_a_tiny_checkpoint(cli, make_checkpoint, tmp_path):
+    sizes = {"num_attention_heads": 2, "num_hidden_layers": 1}
+    result = cli("bench", make_checkpoint(tmp_path / "tiny", ("good", "bad"), **sizes), *SHORT)
+    assert result.code == 0, result.err
+    subnets = [line.split()[0] for line in result.out.splitlines()[1:]]
+    assert subnets == [f"w{w:.2f}-d{d:.2f}" for d in (1, 0.75) for w in (1, 0.75, 0.5)]
+
+
 def test_profiles_one_subnet_of_a_file(cli, packed):
     result = cli("bench", packed, "--profile", "--subnet", "w0.50-d0.50", *SHORT)
     assert result.code == 0, result.err

@@ -57,6 +57,18 @@ def test_prints_the_table_and_writes_nothing(evaluate, checkpoints, sources, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_grid_of_a_tiny_checkpoint_is_what_fits(
+    evaluate, cli, make_checkpoint, sources, latency, tmp_path
+):
+    sizes = {"num_attention_heads": 2, "num_hidden_layers": 1}
+    tiny = make_checkpoint(tmp_path / "tiny", ("good", "bad"), **sizes)
+    table = evaluate(tiny, *sources["dev only"])
+    assert list(rows(table)) == [f"w{w:.2f}-d{d:.2f}" for d in (1, 0.75) for w in (1, 0.75, 0.5)]
+    result = cli("evaluate", tiny, *sources["dev only"], *latency, "--widths", "1,0.25")
+    assert result.code == 2
+    assert "width must keep 1 to 2 heads, got 0.25 (0 heads)" in result.err
+
+
 @pytest.mark.parametrize("engine", ["fp32", "int8"])
 def test_evaluates_the_engine(evaluate, checkpoints, sources, engine):
     model = rows(evaluate(checkpoints["classifier"], *sources["classes"], *GRID))

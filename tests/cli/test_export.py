@@ -85,6 +85,17 @@ def test_an_export_that_differs_is_not_saved(cli, checkpoints, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_are_not_finite(refused, make_checkpoint, tmp_path):
+    folder = make_checkpoint(tmp_path / "checkpoint", ("good", "bad"))
+    model = DynaBertForSequenceClassification.from_pretrained(folder)
+    model.dynabert.encoder.layer[1].attention.qkv.weight.data[0, 1, 0, 0] = float("nan")
+    model.save_pretrained(folder)
+    words = ("export", folder, "--subnet", "w1.00-d1.00", "--output", tmp_path / "out")
+    name = "bert.encoder.layer.1.attention.self.key.weight"
+    assert f"weights must be finite, and {name} has NaN" in refused(*words)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_full_disk(cli, checkpoints, tmp_path, file_size_limit):
     words = ("export", checkpoints["classifier"], "--subnet", "w1.00-d1.00")
     with file_size_limit(20_000):

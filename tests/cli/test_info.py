@@ -95,6 +95,31 @@ def test_checkpoint(cli, checkpoints):
         assert float(gigaflops) == pytest.approx(count_flops(config, subnet, 24) / 1e9, rel=1e-2)
 
 
+@pytest.fixture
+def tiny(make_checkpoint, tmp_path):
+    """Two heads and one layer: 0.25 and 0.5 of the paper's multipliers keep nothing of them."""
+    sizes = {"num_attention_heads": 2, "num_hidden_layers": 1}
+    return make_checkpoint(tmp_path / "tiny", ("good", "bad"), **sizes)
+
+
+def test_the_grid_of_a_tiny_checkpoint_is_what_fits(cli, tiny):
+    result = cli("info", tiny)
+    assert (result.code, result.err) == (0, "")
+    subnets = [line.split()[0] for line in result.out.splitlines() if line.startswith("w")]
+    assert subnets == [f"w{w:.2f}-d{d:.2f}" for d in (1, 0.75) for w in (1, 0.75, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--widths", "1,0.25"), "width must keep 1 to 2 heads, got 0.25 (0 heads)"),
+        (("--depths", "1,0.5"), "depth must keep 1 to 1 layers, got 0.5 (0 layers)"),
+    ],
+)
+def test_what_was_chosen_for_a_tiny_checkpoint_must_fit(refused, tiny, options, message):
+    assert message in refused("info", tiny, *options)
+
+
 def test_a_pretrained_encoder_needs_no_head(cli, checkpoints):
     result = cli("info", checkpoints["pretrained"])
     assert result.code == 0

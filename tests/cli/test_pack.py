@@ -127,10 +127,13 @@ def test_full_disk(cli, checkpoints, tmp_path, file_size_limit):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_int8_cannot_hold(refused, cli, make_checkpoint, tmp_path):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_weights_that_are_not_finite(refused, make_checkpoint, tmp_path, dtype):
     folder = make_checkpoint(tmp_path / "checkpoint", ("good", "bad"))
     model = DynaBertForSequenceClassification.from_pretrained(folder)
     model.dynabert.pooler.dense.weight.data[0, 0] = float("nan")
     model.save_pretrained(folder)
-    assert "int8 needs finite weights" in refused("pack", folder, "--output", tmp_path / "model")
-    assert cli("pack", folder, "--dtype", "bf16", "--output", tmp_path / "model").code == 0
+    words = ("pack", folder, "--dtype", dtype, "--output", tmp_path / "model")
+    name = "bert.pooler.dense.weight"
+    assert f"weights must be finite, and {name} has NaN" in refused(*words)
+    assert list(tmp_path.iterdir()) == [folder]

@@ -129,7 +129,7 @@ def make_engine() -> Callable[..., CpuEngine]:
     packed: dict[Any, CpuEngine] = {}
 
     def make(case: Case, dtype: str, threads: int = 1, isa: str | None = None) -> CpuEngine:
-        key = id(case.model), dtype
+        key = case.model, dtype
         if key not in packed:
             packed[key] = case.model.pack(dtype, threads=1)
         first = packed[key]
@@ -167,7 +167,7 @@ def run_model() -> Callable[..., Outputs]:
     cast: dict[Any, Any] = {}
 
     def run(case: Case, dtype: torch.dtype, subnet: Subnet, batch: Outputs) -> Outputs:
-        key = id(case.model), dtype
+        key = case.model, dtype
         if key not in cast:
             cast[key] = copy.deepcopy(case.model).to(dtype)
         with torch.no_grad(), use_backend("reference"):

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceCl
 
 from dynabert_fast.engine import DTYPES, CpuEngine, EngineOutput, isas, measure_peak
 from dynabert_fast.engine.native import native_module
-from dynabert_fast.engine.packing import PackedConfig
+from dynabert_fast.engine.packing import PackedConfig, pack
 from dynabert_fast.errors import InputError
 from dynabert_fast.models import DynaBertConfig
 from dynabert_fast.subnet import Subnet
@@ -465,37 +465,42 @@ def test_bad_measurement():
 LAYER = "encoder.layer.1"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "name",
+    ("name", "saved"),
     [
-        "embeddings.word.weight",
-        f"{LAYER}.attention.qkv.weight",
-        f"{LAYER}.attention.out.weight_t",
-        f"{LAYER}.ffn.up.weight",
-        f"{LAYER}.ffn.down.weight_t",
-        "pooler.dense.weight",
+        ("embeddings.word.weight", "embeddings.word_embeddings.weight"),
+        (f"{LAYER}.attention.qkv.weight", f"{LAYER}.attention.self.query.weight"),
+        (f"{LAYER}.attention.out.weight_t", f"{LAYER}.attention.output.dense.weight"),
+        (f"{LAYER}.ffn.norm.bias", f"{LAYER}.output.LayerNorm.bias"),
+        ("pooler.dense.weight", "pooler.dense.weight"),
     ],
 )
-def test_int8_needs_finite_weights(make_model, name, value):
+def test_weights_must_be_finite(make_model, name, saved, value, dtype):
     model = make_model(base=True)
     with torch.no_grad():
         model.get_parameter(name).flatten()[7] = value
-    with pytest.raises(InputError, match="int8 needs finite weights"):
-        model.pack("int8")
+    with pytest.raises(InputError) as error:
+        model.pack(dtype)
+    assert f"weights must be finite, and {saved} has NaN or infinite" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["attention.qkv.weight", "ffn.up.weight", "ffn.down.weight_t"])
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu"])
 def test_a_weight_that_is_nan_is_not_hidden(make_model, dtype, name, act, isa):
-    """The model's result is NaN, and so is the engine's: a broken checkpoint shows."""
+    """The model's result is NaN, and so is the engine's, of weights that nobody checked."""
     model = make_model(base=True, hidden_act=act)
     ids = torch.full((1, 3), 5)
     with torch.no_grad():
         model.get_parameter(f"{LAYER}.{name}")[0] = float("nan")
         assert model(ids).last_hidden_state.isnan().all()
-    assert model.pack(dtype, threads=1, isa=isa)(ids).last_hidden_state.isnan().all()
+    config, state = PackedConfig.of(model.config, dtype, 0), model.state_dict()
+    packed = pack(config, lambda name: state[name].numpy())
+    engine = CpuEngine(config, packed, threads=1, isa=isa)
+    assert np.isnan(engine(ids.numpy()).last_hidden_state).all()
 
 
 @pytest.mark.parametrize(

@@ -383,6 +383,27 @@ def test_another_architecture_is_refused(make_hf, tmp_path, change, message):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "swish"}, "hidden_act must be one of gelu, "),
+        ({"heads_per_layer": [4]}, "heads_per_layer must have one entry for each of the 4 layers"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be an integer of at least 1, got 0"),
+    ],
+)
+def test_fields_that_are_set_on_loading_are_checked(make_model, tmp_path, change, message):
+    make_model().save_pretrained(tmp_path)
+    for load in (
+        DynaBertForSequenceClassification.from_pretrained,
+        DynaBertConfig.from_pretrained,
+        transformers.AutoModelForSequenceClassification.from_pretrained,
+    ):
+        with pytest.raises(InputError) as error:
+            load(tmp_path, **change)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
 def _truncate(folder):
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[: len(data) // 2])

@@ -640,6 +640,13 @@ def test_bad_subnet_of_a_view(make_model):
         make_model().at(Subnet((0,), (5,), (1,)))
 
 
+@pytest.mark.parametrize("method", ["at", "extract"])
+@pytest.mark.parametrize(("given", "kind"), [("w0.50-d0.50", "str"), (None, "NoneType")])
+def test_what_is_no_subnet_has_no_view_and_no_copy(make_model, method, given, kind):
+    with pytest.raises(InputError, match=f"subnet must be a Subnet, got {kind}"):
+        getattr(make_model(), method)(given)
+
+
 @pytest.mark.parametrize("family", ["roberta", "camembert"])
 def test_roberta_positions_leave_fewer_tokens(make_model, family):
     model = make_model(family)  # 24 positions, of which those up to the padding id's are reserved
@@ -654,6 +661,8 @@ def test_roberta_positions_leave_fewer_tokens(make_model, family):
         ({"hidden_size": 25}, "multiple of num_attention_heads, got 25 and 4"),
         ({"backbone": "gpt2"}, "backbone must be one of bert, roberta, xlm-roberta, camembert"),
         ({"hidden_act": "swish"}, "hidden_act must be one of gelu, "),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be an integer of at least 1, got 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be an integer of at least 1, got 0"),
         ({"heads_per_layer": [4, 4]}, "one entry for each of the 4 layers, got 2"),
         ({"neurons_per_layer": [4] * 5}, "one entry for each of the 4 layers, got 5"),
     ],

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
@@ -36,7 +36,7 @@ from dynabert_fast.errors import InputError
 # Hyphens and apostrophes belong to a word, which is then not alphabetic: "don't" stays.
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
-# Tokens that the model sees at once. Its logits dominate: 30,522 of them a token are 250 MB.
+# Tokens that the model sees at once. All their logits, where a model computes them, are 250 MB.
 _TOKENS = 2048
 
 # Texts whose candidates are found together; rows of like length are gathered among them.
@@ -273,12 +273,32 @@ class Proposer:
                 ).to(self.model.device)
                 for name in names
             }  # [B, S]
-            which = torch.arange(len(batch), device=self.model.device)
-            inputs["input_ids"][which, places] = self.tokenizer.mask_token_id
-            logits = self.model(**inputs).logits[which, places]  # [B, V]
+            inputs["input_ids"].scatter_(1, places[:, None], self.tokenizer.mask_token_id)
+            logits = self._logits_at(places, inputs)  # [B, V]
             for i, row_scores in zip(batch, logits[:, self._ids].float(), strict=True):
                 scores[i] = row_scores
         return scores
+
+    def _logits_at(self, places: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits `[B, V]` at one place of each sequence.
+
+        The head's product with the vocabulary is as much work as a small encoder: where it is a
+        layer of its own, the hidden states of other places are dropped before it.
+        """
+        which = torch.arange(len(places), device=places.device)
+
+        def drop(_: nn.Module, hidden: tuple[Tensor]) -> tuple[Tensor] | None:
+            whole = hidden[0].shape[:-1] == inputs["input_ids"].shape
+            return (hidden[0][which, places][:, None],) if whole else None
+
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(drop) if isinstance(head, nn.Module) else None
+        try:
+            logits = self.model(**inputs).logits
+        finally:
+            if hook is not None:
+                hook.remove()
+        return logits[:, 0] if logits.shape[1] == 1 else logits[which, places]
 
     def _best(self, scores: Tensor, word: str) -> tuple[str, ...]:
         """The words of highest score, best first, without `word`."""

@@ -99,9 +99,18 @@ def _slow(model, tokenizer, text, start, end, count):
 
 
 @pytest.mark.parametrize("tokens", [16, 2048], ids=["small batches", "one batch"])
-def test_candidates_are_those_of_a_direct_computation(model, tokenizer, tokens, monkeypatch):
+@pytest.mark.parametrize("head", ["its own layer", "within"])
+def test_candidates_are_those_of_a_direct_computation(model, tokenizer, tokens, head, monkeypatch):
     monkeypatch.setattr(module, "_TOKENS", tokens)
+    places = []
+    hook = model.cls.predictions.decoder.register_forward_hook(
+        lambda _, given, logits: places.append(logits.shape[1])
+    )
+    if head == "within":  # as DeBERTa's, which multiplies by the embeddings
+        monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
     found = Proposer(model, tokenizer, 5).propose(TEXTS)
+    hook.remove()
+    assert (set(places) == {1}) == (head != "within")
     single = several = 0
     for text, choices in zip(TEXTS, found, strict=True):
         assert [(c.start, c.end) for c in choices] == words_to_replace(text)

@@ -533,6 +533,9 @@ def run_missing(args: argparse.Namespace) -> None:
             print(f"skipped: {recipe} needs --masked-lm")
         else:
             recipes.append(recipe)
+    for recipe in recipes:
+        if not any(Run(task, 1, recipe).possible for task in args.tasks):
+            print(f"skipped: {recipe} needs a task that starts from another: {', '.join(START)}")
     sessions = {task: Session(args, task) for task in args.tasks}
     runs = [r for r in plan(args.tasks, args.seeds, recipes) if sessions[r.task].missing(r)]
     print(f"{len(runs)} runs are missing", flush=True)

@@ -8,6 +8,15 @@ TRAIN_PACKAGES = frozenset(
 )
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error of Python or torch, which may not be here, says that memory is used up."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
+        or "can't allocate memory" in str(error)  # torch's, of a CPU
+    )
+
+
 class InputError(ValueError):
     """Bad input: says what was given, what is allowed and what to do."""
 

@@ -16,7 +16,8 @@ from dynabert_fast.errors import InputError, SaveError
 
 
 def checkpoints_folder(output: Path) -> Path:
-    """Where the checkpoints of a training live that ends as `output`."""
+    """Where the checkpoints of a training live that ends as `output`; beside what a link names."""
+    output = Path(os.path.realpath(output))  # "." has no name
     return output.with_name(f"{output.name}.checkpoints")
 
 
@@ -152,7 +153,7 @@ def new_folder(path: str | Path) -> Path:
     """A folder that a command may fill.
 
     Raises:
-        InputError: It exists and is not empty, or is a file.
+        InputError: It exists and is not empty, or is a file or a link to nothing.
     """
     path = old_or_new_folder(path)
     if path.is_dir() and any(path.iterdir()):
@@ -160,14 +161,31 @@ def new_folder(path: str | Path) -> Path:
     return path
 
 
+def new_whole_folder(path: str | Path) -> Path:
+    """A folder that `whole_folder` may make.
+
+    Raises:
+        InputError: As `new_folder`; or a disk is mounted there, which cannot be renamed.
+    """
+    path = new_folder(path)
+    if os.path.ismount(os.path.realpath(path)):
+        raise InputError(f"{path} is where a disk is mounted; name a new folder in it")
+    return path
+
+
 def old_or_new_folder(path: str | Path) -> Path:
     """A folder that a command may make or add to.
 
     Raises:
-        InputError: It, or a part of its path, is a file.
+        InputError: It, or a part of its path, is a file or a link to nothing.
     """
     path = Path(path)
     for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            raise InputError(
+                f"{part} is a link to {os.readlink(part)}, which is not there; make that folder, "
+                "or name another"
+            )
         if part.exists() and not part.is_dir():
             raise InputError(f"{part} is a file; name a folder")
     return path

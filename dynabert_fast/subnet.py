@@ -80,7 +80,7 @@ class Subnet:
             InputError: A multiplier is outside (0, 1], or leaves no head or no layer.
         """
         for name, value in (("width", width), ("depth", depth)):
-            if not issubclass(type(value), Real):
+            if not issubclass(type(value), Real):  # mypy takes what is one to compare with nothing
                 raise InputError(f"{name} must be a number in (0, 1], got {type(value).__name__}")
             if not 0 < value <= 1:  # also refuses NaN
                 raise InputError(f"{name} must be in (0, 1], got {value}")
@@ -130,9 +130,7 @@ class Subnet:
         Raises:
             InputError: The three lengths differ, or an entry is out of its range.
         """
-        subnet = cls(
-            _integers("layers", layers), _integers("heads", heads), _integers("neurons", neurons)
-        )
+        subnet = cls(layers, heads, neurons)  # type: ignore[arg-type]  # they become tuples
         subnet.check(config)
         return subnet
 

@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from dynabert_fast.errors import InputError, SaveError
 from dynabert_fast.files import (
     MANIFEST,
+    checkpoints_folder,
     find_damage,
     is_write_failure,
     new_folder,
+    new_whole_folder,
     whole_folder,
     write_manifest,
 )
@@ -64,19 +66,33 @@ def test_a_whole_folder_appears(target):
     assert list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["empty", "dangling"])
-def test_a_folder_that_a_link_names(tmp_path, there):
+def test_a_folder_that_a_link_names(tmp_path):
     """On a larger disk, say: what was linked to is filled, and the link stays."""
-    disk, link = tmp_path / "disk", tmp_path / "link"
-    if there:
-        disk.mkdir()
+    disk, link = tmp_path / "large" / "disk", tmp_path / "link"
+    disk.mkdir(parents=True)
     link.symlink_to(disk)
-    with whole_folder(link) as aside:
+    assert checkpoints_folder(link) == tmp_path / "large" / "disk.checkpoints"
+    with whole_folder(new_folder(link)) as aside:
         fill(aside)
-        assert aside.parent == tmp_path
+        assert aside.parent == tmp_path / "large"
     assert link.is_symlink()
     assert contents(disk) == {"a.txt": "new", "deep/b.txt": "new"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "link"]
+
+
+@pytest.mark.parametrize("name", ["link", "link/new"])
+def test_a_link_to_nothing(tmp_path, name):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"is a link to .*gone, which is not there; make that"):
+        new_folder(tmp_path / name)
+
+
+def test_a_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == str(tmp_path))
+    with pytest.raises(InputError, match="is where a disk is mounted; name a new folder in it"):
+        new_whole_folder(tmp_path)
+    new_whole_folder(tmp_path / "new")
+    new_folder(tmp_path)  # what `fit` fills is not renamed
 
 
 def test_a_folder_that_is_named_by_a_dot(tmp_path, monkeypatch):

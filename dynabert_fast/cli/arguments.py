@@ -279,22 +279,23 @@ def prepare(
     return data, stage_data(data, tokenizer, args.max_length)
 
 
-def add_grid(parser: argparse.ArgumentParser) -> None:
-    """Widths and depths of the grid."""
+def add_grid(parser: argparse.ArgumentParser, fitting: bool = False) -> None:
+    """Widths and depths of the grid; by default all, or those that fit the model."""
+    which = " as far as they fit" if fitting else ""
     group = parser.add_argument_group("sub-networks")
     group.add_argument(
         "--widths",
         type=multipliers,
-        default=WIDTHS,
+        default=None if fitting else WIDTHS,
         metavar="LIST",
-        help="width multipliers (default 1,0.75,0.5,0.25)",
+        help=f"width multipliers (default 1,0.75,0.5,0.25{which})",
     )
     group.add_argument(
         "--depths",
         type=multipliers,
-        default=DEPTHS,
+        default=None if fitting else DEPTHS,
         metavar="LIST",
-        help="depth multipliers (default 1,0.75,0.5)",
+        help=f"depth multipliers (default 1,0.75,0.5{which})",
     )
 
 
@@ -484,14 +485,14 @@ def add_output(parser: argparse.ArgumentParser, resumable: bool = True) -> None:
 
 def done_before(args: argparse.Namespace) -> bool:
     """Whether a resumed stage has nothing left to do, and says so; a new one needs a new folder."""
-    from dynabert_fast.files import checkpoints_folder, new_folder
+    from dynabert_fast.files import checkpoints_folder, new_whole_folder
 
     if args.resume and (args.output / "config.json").is_file():
         if is_first():  # a process that was killed may not have come to this
             shutil.rmtree(checkpoints_folder(args.output), ignore_errors=True)
         say(f"done before: {args.output}")
         return True
-    new_folder(args.output)
+    new_whole_folder(args.output)
     return False
 
 

@@ -51,8 +51,7 @@ dynabert-fast evaluate sst2/dynabert --task sst2 --data-dir glue/SST-2 --engine 
         help="examples per batch (default 64)",
     )
     shared.add_data(parser)
-    shared.add_grid(parser)
-    parser.set_defaults(widths=None, depths=None)  # those that fit the model
+    shared.add_grid(parser, fitting=True)
     shared.add_latency(parser)
 
     parser = shared.add_command(
@@ -143,11 +142,11 @@ def _export(args: argparse.Namespace) -> None:
     import torch
 
     from dynabert_fast.evaluation.grid import format_quantity
-    from dynabert_fast.files import new_folder, whole_folder
+    from dynabert_fast.files import new_whole_folder, whole_folder
     from dynabert_fast.subnet import Subnet
     from dynabert_fast.training.pipeline import load_config, load_model, load_tokenizer
 
-    new_folder(args.output)
+    new_whole_folder(args.output)
     subnet = Subnet.parse(load_config(args.checkpoint), args.subnet)
     tokenizer = load_tokenizer(args.checkpoint)
     model = load_model(args.checkpoint).eval()

@@ -25,8 +25,7 @@ dynabert-fast info sst2/dynabert""",
     parser.add_argument(
         "checkpoint", nargs="?", help="also describe this checkpoint: folder or hub id"
     )
-    shared.add_grid(parser)
-    parser.set_defaults(widths=None, depths=None)  # those that fit the model
+    shared.add_grid(parser, fitting=True)
     parser.add_argument(
         "--length",
         type=shared.COUNT,

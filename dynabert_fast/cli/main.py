@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dynabert_fast import __version__
 from dynabert_fast.cli import bench, checkpoints, info, quickstart, training
 from dynabert_fast.cli.arguments import PROGRAM, Parser
-from dynabert_fast.errors import InputError, MissingPackageError, TrainingError
+from dynabert_fast.errors import InputError, MissingPackageError, TrainingError, lacks_memory
 
 #: Exit codes: 0 done, 1 the system refused (a full disk) or a loss was NaN, 2 bad input; 130
 #: interrupted and 141 nobody reads the output any more, as a shell reports SIGINT and SIGPIPE.
@@ -57,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         code, message = FAILED, f"error: {error}"
     except (MemoryError, RuntimeError) as error:
-        lacking = _lacking_memory(error)
-        if lacking is None:
+        if not lacks_memory(error):
             raise
-        code, message = FAILED, f"error: {lacking}"
+        code, message = FAILED, f"error: {_lacking_memory(error)}"
     except OSError as error:  # SaveError among them
         code, message = _refusal(error)
     except KeyboardInterrupt:
@@ -88,18 +87,15 @@ def _is_text(word: str) -> bool:
     return True
 
 
-def _lacking_memory(error: Exception) -> str | None:
-    """What to say where an error, of Python or torch, says that memory is used up."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, and torch may not be here
-        owner = "the GPU"
-    elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        owner = "this machine"
-    else:
-        return None
-    reason = " ".join(str(error).partition(". ")[0].split())
+def _lacking_memory(error: Exception) -> str:
+    """What to say where memory is used up."""
+    owner = "the GPU" if type(error).__name__ == "OutOfMemoryError" else "this machine"
+    text = str(error)
+    text = text[max(0, text.find("DefaultCPUAllocator")) :].partition(". ")[0]
+    reason = f" ({' '.join(text.split())})" if text else ""
     return (
         f"{owner} has not enough memory; smaller batches need less, and so does training with "
-        f"--subnets-per-pass or --checkpointing" + f" ({reason})" * bool(reason)
+        f"--subnets-per-pass or --checkpointing{reason}"
     )
 
 

@@ -194,10 +194,12 @@ def _fit(args: argparse.Namespace) -> None:
 def _finetune(args: argparse.Namespace) -> None:
     shared.quiet_libraries()
     from dynabert_fast.training.pipeline import finetune
+    from dynabert_fast.training.stages import check_precision
 
     options = shared.training_options(args, "finetune")
     if shared.done_before(args):
         return
+    check_precision(options)
     data, encoded = shared.prepare(args, args.model, new_head=True)
     finetune(args.model, data, encoded, args.output, options, args.resume)
     shared.say(f"saved: {args.output}")
@@ -210,10 +212,10 @@ def _rewire(args: argparse.Namespace) -> None:
     if args.output is None:
         raise InputError("rewire needs --output, the folder to make, or --show")
     shared.quiet_libraries()
-    from dynabert_fast.files import new_folder
+    from dynabert_fast.files import new_whole_folder
     from dynabert_fast.training.pipeline import rewire_checkpoint
 
-    new_folder(args.output)
+    new_whole_folder(args.output)
     _, encoded = shared.prepare(args, args.checkpoint, only_dev=True)
     rewire_checkpoint(args.checkpoint, encoded, args.output, args.accumulation, args.batch_size)
     _show(args.output)
@@ -240,7 +242,9 @@ def _train(stage: str, args: argparse.Namespace) -> None:
         check_vocabulary,
         load_config,
         load_model,
+        load_tokenizer,
     )
+    from dynabert_fast.training.stages import check_precision
 
     distils = stage != "final"
     augmentation = _augmentation(args) if distils else None
@@ -256,9 +260,10 @@ def _train(stage: str, args: argparse.Namespace) -> None:
         check_teacher(found.recipe, config, load_config(args.teacher))
     if shared.done_before(args):
         return
-    data, encoded = shared.prepare(args, args.checkpoint)
+    check_precision(options)
     if distils:
-        check_vocabulary(args.teacher, encoded.tokenizer)
+        check_vocabulary(args.teacher, load_tokenizer(args.checkpoint))
+    data, encoded = shared.prepare(args, args.checkpoint)
     if augmentation is not None:
         encoded = augmented(data.train, encoded, args.augment_model, augmentation, args.max_length)
     model = load_model(args.checkpoint)

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from dynabert_fast.data.loading import Examples
-from dynabert_fast.errors import InputError
+from dynabert_fast.errors import InputError, lacks_memory
 
 # Hyphens and apostrophes belong to a word, which is then not alphabetic: "don't" stays.
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
@@ -102,7 +102,9 @@ def load_masked_lm(source: str | Path) -> tuple[PreTrainedModel, PreTrainedToken
     try:
         model, report = AutoModelForMaskedLM.from_pretrained(source, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # whatever a library finds: tokenizers raises nothing more special
+        if lacks_memory(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{source} does not load as a masked language model ({reason})") from error
     if lacking := sorted(report["missing_keys"]):

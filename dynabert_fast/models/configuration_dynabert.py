@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -67,17 +66,6 @@ class DynaBertConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill `head_size` and refuse what the encoder does not compute."""
-        self._check()
-        if not self.head_size:
-            if self.hidden_size % self.num_attention_heads:
-                raise InputError(
-                    "hidden_size must be a multiple of num_attention_heads, "
-                    f"got {self.hidden_size} and {self.num_attention_heads}"
-                )
-            self.head_size = self.hidden_size // self.num_attention_heads
-        super().__post_init__(**kwargs)
-
-    def _check(self) -> None:
         for name in (
             "hidden_size",
             "num_hidden_layers",
@@ -85,7 +73,7 @@ class DynaBertConfig(PreTrainedConfig):
             "intermediate_size",
         ):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:
+            if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.backbone not in BACKBONES:
             raise InputError(
@@ -102,18 +90,20 @@ class DynaBertConfig(PreTrainedConfig):
                     f"{name} must have one entry for each of the {self.num_hidden_layers} layers, "
                     f"got {len(values)}"
                 )
+        if not self.head_size:
+            if self.hidden_size % self.num_attention_heads:
+                raise InputError(
+                    "hidden_size must be a multiple of num_attention_heads, "
+                    f"got {self.hidden_size} and {self.num_attention_heads}"
+                )
+            self.head_size = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in `PreTrainedConfig`, which sets fields of `kwargs` after the others are checked.
-
-        Raises:
-            InputError: The encoder does not compute what the fields say.
-        """
-        found = super().from_dict(config_dict, **kwargs)
-        config = found[0] if kwargs.get("return_unused_kwargs") else found
-        config._check()
-        return found
+        """As in `PreTrainedConfig`; fields among `kwargs` are checked like the others."""
+        own = {name: kwargs.pop(name) for name in cls.__annotations__.keys() & kwargs.keys()}
+        return super().from_dict({**config_dict, **own}, **kwargs)
 
     @property
     def layer_heads(self) -> list[int]:

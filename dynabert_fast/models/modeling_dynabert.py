@@ -349,8 +349,8 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         return model
 
     def check_finite(self) -> None:
-        """Raise `InputError` where a weight is NaN or infinite, with its name in a checkpoint."""
-        state = self.state_dict()
+        """Raise `InputError` where a parameter is NaN or infinite, by its name in a checkpoint."""
+        state = {name: parameter.data for name, parameter in self.named_parameters()}
         if all(tensor.isfinite().all() for tensor in state.values()):
             return
         saved = to_huggingface(state, self.config)

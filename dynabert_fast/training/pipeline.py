@@ -30,10 +30,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from dynabert_fast.data import Collator, EncodedDataset, Examples, TaskData, TokenBudgetSampler
 from dynabert_fast.data.augmentation import Augmentation, augment, load_masked_lm
-from dynabert_fast.errors import InputError
+from dynabert_fast.errors import InputError, lacks_memory
 from dynabert_fast.evaluation import Grid, evaluate_grid, write_report
 from dynabert_fast.evaluation.grid import write_aside
-from dynabert_fast.files import checkpoints_folder, new_folder, whole_folder
+from dynabert_fast.files import checkpoints_folder, new_folder, new_whole_folder, whole_folder
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.rewiring import Accumulation, measure_importance, rewire
 from dynabert_fast.subnet import grid
@@ -113,6 +113,8 @@ def _loading(source: str | Path, problem: str = "does not load as a checkpoint")
     except InputError:
         raise
     except Exception as error:  # whatever a library finds: tokenizers raises nothing more special
+        if lacks_memory(error):
+            raise
         reason = " ".join((str(error).splitlines() or [type(error).__name__])[:2])
         where = "" if here else " is not a folder, and from the hub it"
         raise InputError(f"{source}{where} {problem} ({reason})") from error
@@ -130,7 +132,10 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             raise InputError(
                 f"{source} has no tokenizer; copy that of its pretrained model into it"
             )
-        return AutoTokenizer.from_pretrained(str(source))
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # transformers' default
+        raise InputError(f"{source} has no tokenizer; copy that of its pretrained model into it")
+    return tokenizer
 
 
 def load_config(source: str | Path) -> DynaBertConfig:
@@ -187,19 +192,23 @@ def check_steps(encoded: StageData, options: FitOptions, processes: int) -> None
 
 
 def check_vocabulary(teacher: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a teacher with a tokenizer of its own that gives tokens other ids.
+    """Refuse a teacher with a tokenizer of its own that gives a token another id.
+
+    Tokens that one of the two has and the other has not are no reason: they may have been added.
 
     Raises:
-        InputError: A token has another id, or one of the two does not have it.
+        InputError: As said.
     """
     try:
         theirs = load_tokenizer(teacher).get_vocab()
     except InputError:
         return  # it came without one
-    if unlike := set(theirs.items()) ^ set(tokenizer.get_vocab().items()):
+    ours = tokenizer.get_vocab()
+    if unlike := [token for token in theirs.keys() & ours.keys() if theirs[token] != ours[token]]:
+        token = min(unlike)
         raise InputError(
-            f"{teacher} has another vocabulary than the student ({min(unlike)[0]!r} has another "
-            "id, or none); both read the same tokens"
+            f"{teacher} has another vocabulary than the student ({token!r} is {theirs[token]}, "
+            f"not {ours[token]}); both read the same tokens"
         )
 
 
@@ -230,8 +239,6 @@ def check_options(config: DynaBertConfig, options: FitOptions) -> None:
     for name in ("max_length", "latency_batch_size", "latency_length", "latency_rounds"):
         if not getattr(options, name) >= 1:
             raise InputError(f"{name} must be at least 1, got {getattr(options, name)}")
-    for training in options.training.values():
-        check_precision(training)
     if options.augmentation is not None and not options.masked_lm:
         raise InputError("augmentation needs a masked language model: name its folder or hub id")
     for stage in options.stages.values():
@@ -325,7 +332,7 @@ def rewire_checkpoint(
     progress: bool = True,
 ) -> None:
     """Measure importance on the development set and save the sorted model as `output`."""
-    new_folder(output)
+    new_whole_folder(output)
     model = load_model(source).to(device())
     widen(model)
     importance = measure_importance(
@@ -385,6 +392,9 @@ def fit(
     rewired = output / "rewired"
     encoded = stage_data(data, load_tokenizer(source), options.max_length)
     check_steps(encoded, options, processes.num_processes)
+    for name, folder in FOLDERS.items():
+        if not (output / folder).is_dir() and (options.final or name != "final"):
+            check_precision(options.training[name])
     if not begun:
         load_model(source, **head_changes(data))  # refuses damaged weights before a folder is made
         if options.masked_lm:

@@ -17,10 +17,13 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
+import operator
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +35,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dynabert_fast.data import Collator, EncodedDataset
 from dynabert_fast.errors import InputError
 from dynabert_fast.evaluation.grid import write_aside
-from dynabert_fast.files import checkpoints_folder, find_damage, new_folder, whole_folder
+from dynabert_fast.files import checkpoints_folder, find_damage, new_whole_folder, whole_folder
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet, grid
 from dynabert_fast.training.losses import Distillation, HiddenTarget
@@ -130,6 +133,14 @@ def stages(
     }
 
 
+# Options that are whole numbers: first those above 0, of which two may be left out.
+_OPTIONAL = ("tokens_per_step", "subnets_per_pass")
+_WHOLE = (
+    *("batch_size", "gradient_accumulation", "eval_batch_size", *_OPTIONAL),
+    *("max_steps", "save_every", "seed"),
+)
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """Hyper-parameters of a stage; the defaults are the paper's.
@@ -177,33 +188,30 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train."""
-        for name in (
-            "learning_rate",
-            "batch_size",
-            "epochs",
-            "gradient_accumulation",
-            "eval_batch_size",
-        ):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name, least in (("weight_decay", 0), ("max_grad_norm", 0), ("save_every", 0)):
-            if not getattr(self, name) >= least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("batch_size", "gradient_accumulation", "eval_batch_size", "seed"):
-            if not isinstance(getattr(self, name), int):
-                raise InputError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        for name in _WHOLE:
+            if (value := getattr(self, name)) is None and name in _OPTIONAL:
+                continue
+            try:  # numpy's become Python's, which JSON has
+                object.__setattr__(self, name, operator.index(value))
+            except TypeError:
+                raise InputError(f"{name} must be a whole number, got {value!r}") from None
+        for name in ("learning_rate", "epochs", "weight_decay", "max_grad_norm"):
+            if not isinstance(value := getattr(self, name), Real) or not math.isfinite(value):
+                raise InputError(f"{name} must be a finite number, got {value!r}")
+        for name in ("learning_rate", "epochs", *_WHOLE[:5]):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise InputError(f"{name} must be above 0, got {value}")
+        for name in ("weight_decay", "max_grad_norm", "save_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.max_steps != -1 and self.max_steps < 1:
             raise InputError(f"max_steps must be above 0, or -1 for epochs, got {self.max_steps}")
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"seed must be in 0 to {(1 << 32) - 1}, got {self.seed}")
         if not isinstance(self.schedule, Schedule):
             raise InputError(f"schedule must be a Schedule, got {self.schedule!r}")
-        if self.tokens_per_step is not None and self.tokens_per_step < 1:
-            raise InputError(f"tokens_per_step must be above 0, got {self.tokens_per_step}")
         if self.warmup is not None and not 0 <= self.warmup < 1:
             raise InputError(f"warmup is a share of the steps in [0, 1), got {self.warmup}")
-        if self.subnets_per_pass is not None and self.subnets_per_pass < 1:
-            raise InputError(f"subnets_per_pass must be above 0, got {self.subnets_per_pass}")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise InputError(f"precision must be fp32, bf16 or fp16, got {self.precision!r}")
 
@@ -315,19 +323,19 @@ def run_stage(
         TrainingError: A loss is NaN or infinite; the batch is beside the checkpoints.
     """
     output, options = Path(output), options or TrainingOptions()
-    check_precision(options)
     if stage.recipe is not None:
         if teacher is None:
             raise InputError(f"stage {stage.name} distils: give the teacher's checkpoint")
         check_teacher(stage.recipe, model.config, teacher.config)
-    for name, examples in (("training", data.train), ("development", data.dev)):
-        if not len(examples):
-            raise InputError(f"stage {stage.name}: there are no {name} examples")
     run = checkpoints_folder(output)
     if resume and (output / "config.json").is_file():
         shutil.rmtree(run, ignore_errors=True)  # where the earlier process was killed before this
         return
-    new_folder(output)
+    check_precision(options)
+    for name, examples in (("training", data.train), ("development", data.dev)):
+        if not len(examples):
+            raise InputError(f"stage {stage.name}: there are no {name} examples")
+    new_whole_folder(output)
     last = _last_checkpoint(run, resume)
     settings = {
         "stage": asdict(stage),

@@ -46,10 +46,15 @@ def places(checkpoints, make_checkpoint, data, sources, latency, tmp_path_factor
     (torn / "tokenizer.json").write_text("{")
     for file in mute.glob("tokenizer*"):
         file.unlink()
+    blank = like("classifier", "blank")  # of which transformers makes a tokenizer without words
+    (blank / "tokenizer.json").unlink()
     fields, words, unread = (like("classifier", name) for name in ("fields", "words", "unread"))
     (fields / "tokenizer.json").write_text('{"version": "1.0"}')
     found = json.loads((words / "tokenizer.json").read_text())
     ids = found["model"]["vocab"]
+    (like("classifier", "added") / "tokenizer.json").write_text(
+        json.dumps({**found, "model": {**found["model"], "vocab": {**ids, "moviegoer": len(ids)}}})
+    )
     last, before = sorted(ids, key=ids.get)[-1], sorted(ids, key=ids.get)[-2]
     ids[last], ids[before] = ids[before], ids[last]
     (words / "tokenizer.json").write_text(json.dumps(found))
@@ -83,10 +88,12 @@ def places(checkpoints, make_checkpoint, data, sources, latency, tmp_path_factor
         "cut": cut,
         "bare": bare,
         "mute": mute,
+        "blank": blank,
         "torn": torn,
         "fields": fields,
         "words": words,
         "unread": unread,
+        "added": root / "added",
         "typed": like("classifier", "typed", classifier_dropout="x"),
         "headless": like("pretrained", "headless", id2label={"0": "good", "1": "bad"}),
         "deep": make_checkpoint(root / "deep", labels, num_hidden_layers=6),
@@ -218,6 +225,7 @@ WEIGHTS = cases(
     ("cut short", "{cut}", "model.safetensors cannot be read"),
     ("no weights", "{bare}", "holds no weights"),
     ("no tokenizer", "{mute}", "has no tokenizer; copy that of its pretrained model into it"),
+    ("no words", "{blank}", "has no tokenizer"),
     ("damaged tokenizer", "{torn}", "has no tokenizer that loads"),
     ("tokenizer without its parts", "{fields}", "has no tokenizer that loads"),
 )
@@ -409,6 +417,11 @@ def test_student_and_teacher(fails, command, message):
 def test_a_teacher_with_other_words(fails):
     command = "train-width {classifier} --teacher {words} {classes} --output {out} " + SMALL
     assert "has another vocabulary than the student" in fails(command)
+
+
+def test_a_teacher_without_a_word_that_was_added(cli, places, tmp_path):
+    command = "train-width {added} --teacher {classifier} {classes} --output {out} " + SMALL
+    assert cli(*shlex.split(command.format(**places, out=tmp_path / "out"))).code == 0
 
 
 def test_a_value_of_another_type(fails):

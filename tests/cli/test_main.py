@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import signal
 import subprocess
@@ -102,13 +101,8 @@ def test_bad_usage_is_one_line(refused, argv, message):
             "--subnets-per-pass or --checkpointing (CUDA out of memory)",
         ),
         (MemoryError(), 1, "training with --subnets-per-pass or --checkpointing"),
-        (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes. x"),
-            1,
-            "([enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes)",
-        ),
     ],
-    ids=["bad input", "not saved", "no number", "operating system", "memory", "Python", "torch"],
+    ids=["bad input", "not saved", "no number", "operating system", "memory", "Python"],
 )
 def test_an_error_is_one_line_and_an_exit_code(cli, monkeypatch, raised, code, message):
     def run(args):
@@ -132,9 +126,27 @@ def test_an_error_of_our_own_is_not_hidden(cli, monkeypatch, error):
         cli("info")
 
 
+def test_a_full_memory_is_one_line(cli, monkeypatch):
+    """In torch's words. (To provoke it would have glibc serve this thread from another arena.)"""
+
+    def run(args):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 9 bytes. Error code 12 (Cannot allocate memory)"
+        )
+
+    monkeypatch.setattr(info, "_info", run)
+    result = cli("info")
+    assert result.code == 1
+    assert result.err.startswith("dynabert-fast: error: this machine has not enough memory; ")
+    reason = "(DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes)\n"
+    assert result.err.endswith(reason)
+    assert result.err.count("\n") == 1
+
+
 def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_done(refused):
-    name = os.fsdecode(b"t\xff.csv")
-    assert r"'t\udcff.csv' is not UTF-8; rename it" in refused("fit", "--train-file", name)
+    message = r"'t\udcff.csv' is not UTF-8; rename it"
+    assert message in refused("fit", "--train-file", "t\udcff.csv")
 
 
 def test_a_console_of_another_encoding(cli, monkeypatch):

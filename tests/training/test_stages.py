@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,7 +85,7 @@ def test_other_grids():
 
 BAD_OPTIONS = {
     "learning rate": ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
-    "no number": ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
+    "no number": ({"learning_rate": float("nan")}, "learning_rate must be a finite number, got"),
     "batch": ({"batch_size": 0}, "batch_size must be above 0, got 0"),
     "epochs": ({"epochs": -1.0}, "epochs must be above 0, got -1.0"),
     "accumulation": ({"gradient_accumulation": 0}, "gradient_accumulation must be above 0"),
@@ -95,10 +96,22 @@ BAD_OPTIONS = {
     "no steps": ({"max_steps": 0}, "max_steps must be above 0, or -1 for epochs, got 0"),
     "seed": ({"seed": -1}, "seed must be in 0 to 4294967295, got -1"),
     "saving": ({"save_every": -1}, "save_every must be at least 0, got -1"),
-    "decay": ({"weight_decay": float("nan")}, "weight_decay must be at least 0, got nan"),
+    "decay": ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
     "clipping": ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0, got -1.0"),
     "schedule": ({"schedule": "sandwich"}, "schedule must be a Schedule, got 'sandwich'"),
+    "half a step": ({"max_steps": 1.5}, "max_steps must be a whole number, got 1.5"),
+    "a word": ({"batch_size": "8"}, "batch_size must be a whole number, got '8'"),
+    "part of a token": ({"tokens_per_step": 100.5}, "tokens_per_step must be a whole number"),
+    "no tokens": ({"tokens_per_step": 0}, "tokens_per_step must be above 0, got 0"),
+    "no sub-networks": ({"subnets_per_pass": 0}, "subnets_per_pass must be above 0, got 0"),
+    "no end": ({"learning_rate": float("inf")}, "learning_rate must be a finite number, got inf"),
 }
+
+
+def test_whole_numbers_of_numpy_are_pythons():
+    options = TrainingOptions(batch_size=np.int64(8), subnets_per_pass=np.int32(4))
+    assert options == TrainingOptions(batch_size=8, subnets_per_pass=4)
+    assert json.dumps(options.batch_size) == "8"
 
 
 @pytest.mark.parametrize(("values", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())

@@ -188,8 +188,7 @@ RECIPES: dict[str, Recipe] = {
         copies={"depth": 3},
     ),
     "elastic-start": Recipe(
-        "`small`, but begun with the students, by `small-longer`, of the task whose teacher "
-        "`paper` begins with",
+        "`small`, begun with another task's students by `small-longer` instead of its teacher",
         sort=False,
         distillation=_OUTPUTS,
         training={"depth": _SMALL},

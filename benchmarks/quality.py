@@ -194,6 +194,11 @@ RECIPES: dict[str, Recipe] = {
         training={"depth": _SMALL},
         students="small-longer",
     ),
+    "small-labels": Recipe(
+        "`small`, and a loss on labels in stage `depth`",
+        distillation={"depth": {**_OUTPUTS["depth"], "labels": 1.0}},
+        training={"depth": _SMALL},
+    ),
     "longer": Recipe("twice the epochs", epochs=_both(2.0)),
     "direct": Recipe(
         "straight to the grid, no stage `width`, twice the epochs",

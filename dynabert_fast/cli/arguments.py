@@ -388,6 +388,13 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
         metavar="N",
         help="weight of the hidden states' loss (default 0.1 for widths, 1 for depths)",
     )
+    group.add_argument(
+        "--lambda-labels",
+        type=NOT_NEGATIVE,
+        default=0.0,
+        metavar="N",
+        help="weight of a loss on labels beside them (default 0)",
+    )
     if of_depths:
         group.add_argument(
             "--recipe",
@@ -464,7 +471,9 @@ def stages_of(args: argparse.Namespace) -> dict[str, Stage]:
         assert recipe is not None
         hidden = recipe.hidden if args.lambda_hidden is None else args.lambda_hidden
         # Widths always learn from the full teacher: it was fine-tuned at that width alone.
-        recipe = dataclasses.replace(recipe, logits=args.lambda_logits, hidden=hidden)
+        recipe = dataclasses.replace(
+            recipe, logits=args.lambda_logits, hidden=hidden, labels=args.lambda_labels
+        )
         if name == "depth" and hasattr(args, "teacher_width"):
             if args.hidden_target is not None and not hidden:
                 raise InputError("--hidden-target has nothing to choose with --lambda-hidden 0")

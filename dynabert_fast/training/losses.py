@@ -24,9 +24,9 @@ HiddenTarget = Literal["input", "output"]
 class Distillation:
     """Weights of the distillation loss, and what of which teacher a sub-network learns from.
 
-    The loss is `logits * SCE + hidden * sum of MSE`: SCE is the soft cross-entropy of the logits at
-    temperature 1 (the mean squared error of the logit in regression), the sum runs over matched
-    hidden states.
+    The loss is `logits * SCE + hidden * sum of MSE + labels * CE`: SCE is the soft cross-entropy of
+    the logits at temperature 1 (the mean squared error of the logit in regression), the sum runs
+    over matched hidden states, CE is what a model without a teacher learns from.
 
     Attributes:
         logits: Weight of the logits' loss (the paper's lambda_1).
@@ -39,8 +39,10 @@ class Distillation:
             several depths share has a target for each depth: layer 0 of 6, at depths 1 and 0.5,
             learns to be the input of layer 1 and that of layer 2. With `output` it has one,
             unless the layer is the last of one of them.
-        width_exponent: A sub-network's loss counts `width ** width_exponent` times: 0 for all alike
-            (the paper), negative for more weight on narrow ones. Explicit extents count once.
+        width_exponent: What a sub-network learns from its teacher counts `width ** width_exponent`
+            times: 0 for all alike (the paper), negative for more weight on narrow ones. Explicit
+            extents count once.
+        labels: Weight of the loss on labels (Hinton et al. 2015), alike for all; the paper has 0.
     """
 
     logits: float = 1.0
@@ -48,14 +50,16 @@ class Distillation:
     teacher_width: TeacherWidth = "same"
     hidden_target: HiddenTarget = "input"
     width_exponent: float = 0.0
+    labels: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse weights that train nothing."""
         weights = (self.logits, self.hidden)
-        if not (all(0 <= w < math.inf for w in weights) and any(weights)):  # also refuses NaN
+        finite = all(0 <= w < math.inf for w in (*weights, self.labels))  # also refuses NaN
+        if not (finite and any(weights)):
             raise InputError(
-                "distillation weights must be finite, at least 0 and not both 0, "
-                f"got logits {self.logits} and hidden {self.hidden}"
+                "distillation weights must be finite, at least 0 and logits and hidden not both "
+                f"0, got logits {self.logits}, hidden {self.hidden} and labels {self.labels}"
             )
         if not math.isfinite(self.width_exponent):
             raise InputError(f"width_exponent must be finite, got {self.width_exponent}")
@@ -99,7 +103,7 @@ def distillation_loss(
     student_hidden: Sequence[Tensor],
     teacher_hidden: Sequence[Tensor],
 ) -> Tensor:
-    """The distillation loss of one sub-network.
+    """What one sub-network learns from its teacher.
 
     Args:
         recipe: The weights.

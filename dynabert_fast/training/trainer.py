@@ -303,24 +303,26 @@ class ElasticTrainer(Trainer):
     ) -> tuple[Tensor, Tensor]:
         """The summed losses of a tree's sub-networks: means over examples, and over tokens.
 
-        They come from labels, or from the teacher's logits and hidden states.
+        They come from labels, or from the teacher's logits and hidden states, or from all three.
         """
         if self.recipe is None or self.teacher is None:
             loss = model(**inputs, subnet=tree).loss
             return loss, torch.zeros_like(loss)
         lesson = self._lesson(tree)
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        given, inputs = inputs, {name: x for name, x in inputs.items() if name != "labels"}
         arguments = {"output_hidden_states": self.recipe.hidden > 0, "unpack": False}
         if lesson.teachers.subnets != teaching.subnets:
             teaching.output = None  # before the next teacher's states are there
             with torch.no_grad(), self.accelerator.autocast():
                 teaching.output = self.teacher(**inputs, subnet=lesson.teachers, **arguments)
             teaching.subnets = lesson.teachers.subnets
-        output = model(**inputs, subnet=tree, **arguments)
+        labels = self.recipe.labels
+        output = model(**(given if labels else inputs), subnet=tree, **arguments)
         taught = teaching.output
-        return lesson(
+        of_logits, of_hidden = lesson(
             output.logits, taught.logits, output.hidden_states or (), taught.hidden_states or ()
         )
+        return of_logits + labels * output.loss if labels else of_logits, of_hidden
 
     def _watch_loss(self, inputs: dict[str, Any], loss: Tensor) -> None:
         """Stop training, and save the batch, where a loss (one, or one a pass) is not finite."""

@@ -209,13 +209,14 @@ def test_the_parser_knows_every_recipe():  # it does not import torch to ask
 def test_distillation_options_reach_both_stages():
     args = parse(
         *"--lambda-logits 2 --lambda-hidden 3 --teacher-width full".split(),
-        *"--hidden-target output".split(),
+        *"--hidden-target output --lambda-labels 0.5".split(),
         *"--widths 1,0.5 --depths 1".split(),
     )
     found = shared.stages_of(args)
     for name in ("width", "depth"):
         recipe = found[name].recipe
-        assert (recipe.logits, recipe.hidden, recipe.teacher_width) == (2.0, 3.0, "full")
+        assert (recipe.logits, recipe.hidden, recipe.labels) == (2.0, 3.0, 0.5)
+        assert recipe.teacher_width == "full"
         assert (found[name].widths, found[name].depths) == ((1.0, 0.5), (1.0,))
     assert found["depth"].recipe.hidden_target == "output"
 

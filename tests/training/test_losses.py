@@ -129,12 +129,18 @@ NAN, INFINITE = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
-    ("logits", "hidden"),
-    [(0, 0), (-1, 1), (1, -0.1), (NAN, 1), (1, NAN), (INFINITE, 1), (1, INFINITE)],
+    ("logits", "hidden", "labels"),
+    [
+        *((0, 0, 0), (0, 0, 1)),
+        *((-1, 1, 0), (1, -0.1, 0), (1, 1, -1)),
+        *((NAN, 1, 0), (1, NAN, 0), (1, 1, NAN)),
+        *((INFINITE, 1, 0), (1, INFINITE, 0), (1, 1, INFINITE)),
+    ],
 )
-def test_bad_weights_are_refused(logits, hidden):
-    with pytest.raises(InputError, match=f"got logits {logits} and hidden {hidden}"):
-        Distillation(logits, hidden)
+def test_bad_weights_are_refused(logits, hidden, labels):
+    message = f"got logits {logits}, hidden {hidden} and labels {labels}"
+    with pytest.raises(InputError, match=message):
+        Distillation(logits, hidden, labels=labels)
 
 
 def test_unknown_teacher_width_is_refused():
@@ -148,7 +154,7 @@ def test_unknown_hidden_target_is_refused():
 
 
 def test_defaults_are_those_of_the_paper():
-    assert Distillation() == Distillation(1.0, 1.0, "same", "input")
+    assert Distillation() == Distillation(1.0, 1.0, "same", "input", 0.0, 0.0)
 
 
 @pytest.mark.parametrize("layers", [6, 12])

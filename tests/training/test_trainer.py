@@ -80,6 +80,10 @@ def plain_loop(student, teacher, subnets, batch, recipe):
         else:
             loss = F.cross_entropy(out.logits, aim.logits.softmax(-1))
         total = total + recipe.logits * loss
+        if student.config.num_labels == 1:
+            total = total + recipe.labels * F.mse_loss(out.logits[:, 0], labels)
+        else:
+            total = total + recipe.labels * F.cross_entropy(out.logits, labels)
         for k, state in enumerate(out.hidden_states):
             if k == len(subnet.layers):
                 at = student.config.num_hidden_layers
@@ -109,6 +113,8 @@ STEPS = {
     "depth, full width": ("depth", Distillation(0.7, 0.3, "full"), "pair", {}),
     "depth, outputs": ("depth", Distillation(0.7, 0.3, hidden_target="output"), "pair", {}),
     "depth, logits only": ("depth", Distillation(1.0, 0.0), "binary", {}),
+    "depth, and labels": ("depth", Distillation(0.7, 0.3, labels=0.6), "many", {}),
+    "depth, and numbers": ("depth", Distillation(1.0, 0.0, labels=0.6), "regression", {}),
     "depth, regression": ("depth", None, "regression", {}),
     "depth, RoBERTa": ("depth", None, "binary", {"family": "roberta", "pad_token_id": 0}),
 }

@@ -127,14 +127,13 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         InputError: There is none.
     """
     folder = Path(source)
+    none = f"{source} has no tokenizer; copy that of its pretrained model into it"
     with _loading(source, "has no tokenizer that loads"):
         if folder.is_dir() and not any(map(list, map(folder.glob, _TOKENIZER_FILES))):
-            raise InputError(
-                f"{source} has no tokenizer; copy that of its pretrained model into it"
-            )
+            raise InputError(none)
         tokenizer = AutoTokenizer.from_pretrained(str(source))
-    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # transformers' default
-        raise InputError(f"{source} has no tokenizer; copy that of its pretrained model into it")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing
+        raise InputError(none)
     return tokenizer
 
 

@@ -133,12 +133,10 @@ def stages(
     }
 
 
-# Options that are whole numbers: first those above 0, of which two may be left out.
+# Options that are whole numbers, those that may be left out, and those that are counts from 1 on.
 _OPTIONAL = ("tokens_per_step", "subnets_per_pass")
-_WHOLE = (
-    *("batch_size", "gradient_accumulation", "eval_batch_size", *_OPTIONAL),
-    *("max_steps", "save_every", "seed"),
-)
+_COUNTS = ("batch_size", "gradient_accumulation", "eval_batch_size", *_OPTIONAL)
+_WHOLE = (*_COUNTS, "max_steps", "save_every", "seed")
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ class TrainingOptions:
         for name in ("learning_rate", "epochs", "weight_decay", "max_grad_norm"):
             if not isinstance(value := getattr(self, name), Real) or not math.isfinite(value):
                 raise InputError(f"{name} must be a finite number, got {value!r}")
-        for name in ("learning_rate", "epochs", *_WHOLE[:5]):
+        for name in ("learning_rate", "epochs", *_COUNTS):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise InputError(f"{name} must be above 0, got {value}")
         for name in ("weight_decay", "max_grad_norm", "save_every"):

@@ -219,8 +219,8 @@ def test_no_examples_are_refused(make_data, make_student, make_task, tokenizer, 
     assert names(tmp_path) == set()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 trains on a GPU")
-def test_fp16_is_refused_where_it_would_be_fp32(make_data, make_student, tmp_path):
+def test_fp16_is_refused_where_it_would_be_fp32(make_data, make_student, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     options = replace(OPTIONS, precision="fp16")
     with pytest.raises(InputError, match=r"fp16 trains on GPUs only, .* choose bf16 or fp32"):
         go("final", make_student(), make_data(), tmp_path / "out", options=options)

@@ -388,14 +388,13 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
         metavar="N",
         help="weight of the hidden states' loss (default 0.1 for widths, 1 for depths)",
     )
-    group.add_argument(
-        "--lambda-labels",
-        type=NOT_NEGATIVE,
-        default=0.0,
-        metavar="N",
-        help="weight of a loss on labels beside them (default 0)",
-    )
     if of_depths:
+        group.add_argument(
+            "--lambda-labels",
+            type=NOT_NEGATIVE,
+            metavar="N",
+            help="training depths, weight of a loss on labels beside them (default the recipe's)",
+        )
         group.add_argument(
             "--recipe",
             choices=("paper", "small-batches"),
@@ -465,22 +464,20 @@ def stages_of(args: argparse.Namespace) -> dict[str, Stage]:
     """The stages with the grid and the distillation that the arguments ask for."""
     from dynabert_fast.training import RECIPES, stages
 
-    found = stages(args.widths, args.depths)
-    for name in ("width", "depth"):
+    of_depths = hasattr(args, "recipe")
+    found = stages(args.widths, args.depths, RECIPES[args.recipe if of_depths else "paper"])
+    # Widths always learn from the full teacher: it was fine-tuned at that width alone.
+    loss = {"logits": args.lambda_logits, "hidden": args.lambda_hidden}
+    given: dict[str, dict[str, Any]] = {"width": loss, "depth": dict(loss)}
+    if of_depths:
+        if args.hidden_target is not None and args.lambda_hidden == 0:
+            raise InputError("--hidden-target has nothing to choose with --lambda-hidden 0")
+        given["depth"] |= {"labels": args.lambda_labels, "hidden_target": args.hidden_target}
+        given["depth"]["teacher_width"] = args.teacher_width
+    for name, changes in given.items():
         recipe = found[name].recipe
         assert recipe is not None
-        hidden = recipe.hidden if args.lambda_hidden is None else args.lambda_hidden
-        # Widths always learn from the full teacher: it was fine-tuned at that width alone.
-        recipe = dataclasses.replace(
-            recipe, logits=args.lambda_logits, hidden=hidden, labels=args.lambda_labels
-        )
-        if name == "depth" and hasattr(args, "teacher_width"):
-            if args.hidden_target is not None and not hidden:
-                raise InputError("--hidden-target has nothing to choose with --lambda-hidden 0")
-            target = args.hidden_target or RECIPES[args.recipe].hidden_target
-            recipe = dataclasses.replace(
-                recipe, teacher_width=args.teacher_width, hidden_target=target
-            )
+        recipe = dataclasses.replace(recipe, **{k: v for k, v in changes.items() if v is not None})
         found[name] = dataclasses.replace(found[name], recipe=recipe)
     return found
 

@@ -84,12 +84,14 @@ class Recipe:
         rate: Times the learning rate of the other stages.
         warmup: Share of the steps with a rising rate; `None` as in the other stages.
         hidden_target: See `Distillation`.
+        labels: See `Distillation`.
     """
 
     steps: int = 1
     rate: float = 1.0
     warmup: float | None = None
     hidden_target: HiddenTarget = "input"
+    labels: float = 0.0
 
     def training(self, options: TrainingOptions) -> TrainingOptions:
         """The options of stage `depth`, given those of the other stages."""
@@ -115,20 +117,20 @@ RECIPES = {
 def stages(
     widths: Sequence[float] = WIDTHS,
     depths: Sequence[float] = DEPTHS,
-    hidden_target: HiddenTarget = "input",
+    recipe: Recipe = RECIPES["paper"],
 ) -> dict[str, Stage]:
     """The four stages by name, for a grid of widths and depths.
 
-    Losses are the paper's, but for what hidden states learn from in stage `depth`, see
-    `Distillation`.
+    Losses are the paper's, but for what the recipe changes in stage `depth`.
     """
     widths, depths = tuple(widths), tuple(depths)
     # The fine-tuned teacher was never trained to be good at less than its full width.
     every_width = Distillation(hidden=0.1, teacher_width="full")
+    of_depths = Distillation(hidden_target=recipe.hidden_target, labels=recipe.labels)
     return {
         "finetune": Stage("finetune", (1.0,), (1.0,), None),
         "width": Stage("width", widths, (1.0,), every_width),
-        "depth": Stage("depth", widths, depths, Distillation(hidden_target=hidden_target)),
+        "depth": Stage("depth", widths, depths, of_depths),
         "final": Stage("final", widths, depths, None),
     }
 

@@ -406,13 +406,9 @@ def test_options_that_nothing_reads(fails, command, message):
     ("other order", "{swapped}", "teacher's labels are ['bad', 'good'], the student's are"),
     ("regression", "{regressor}", "teacher's labels are ['LABEL_0'], the student's are"),
     ("no loss", "{classifier} --lambda-logits 0 --lambda-hidden 0", "not both 0"),
-    (
-        "labels alone",
-        "{classifier} --lambda-logits 0 --lambda-hidden 0 --lambda-labels 1",
-        "both 0",
-    ),
     ("negative loss", "{classifier} --lambda-hidden -1", "--lambda-hidden: must be at least 0"),
     ("a width of its own", "{classifier} --teacher-width full", "unrecognized arguments"),
+    ("labels too", "{classifier} --lambda-labels 1", "unrecognized arguments: --lambda-labels"),
 )
 def test_student_and_teacher(fails, command, message):
     program = f"train-width {{classifier}} {UNREAD} --output {{out}} --teacher"

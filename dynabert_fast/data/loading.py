@@ -324,7 +324,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield start, row
             start = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}, line {start}: not a CSV row ({error})") from error
+        reason = str(error)
+        if reason.startswith("new-line character"):  # as files of old Mac programs have them
+            reason = "a carriage return ends its lines; save it with line feeds"
+        raise InputError(f"{path}, line {start}: not a CSV row ({reason})") from error
 
 
 def _pick(

@@ -110,6 +110,7 @@ class Recipe:
         copies: Of each training example with words replaced, by stage; default none.
         students: Of a task in `START`: teacher and students begin as the other task's students by
             this recipe, sorted already, instead of as its teacher.
+        alone: The last stage is trained anew for each sub-network, without the others.
     """
 
     title: str
@@ -120,6 +121,7 @@ class Recipe:
     epochs: Mapping[str, float] = field(default_factory=dict)
     copies: Mapping[str, int] = field(default_factory=dict)
     students: str | None = None
+    alone: bool = False
 
     @property
     def unsupported(self) -> list[str]:
@@ -198,6 +200,12 @@ RECIPES: dict[str, Recipe] = {
         "`small`, and a loss on labels in stage `depth`",
         distillation={"depth": {**_OUTPUTS["depth"], "labels": 1.0}},
         training={"depth": _SMALL},
+    ),
+    "alone": Recipe(
+        "`small-labels`, with stage `depth` for each sub-network alone: 12 times",
+        distillation={"depth": {**_OUTPUTS["depth"], "labels": 1.0}},
+        training={"depth": _SMALL},
+        alone=True,
     ),
     "longer": Recipe("twice the epochs", epochs=_both(2.0)),
     "direct": Recipe(
@@ -290,9 +298,11 @@ class Run:
                 texts = Part(self.task, "augment", how)
                 found.insert(0, texts)
             student, teacher_ = found[-1], taught_by if distilled else None
-            part = Part(self.task, stage, settings, student, teacher_, texts)
-            found.append(part)
-            taught_by = part
+            each: list[dict[str, Any]] = [settings]
+            if recipe.alone and stage == recipe.stages[-1]:
+                each = [settings | {"widths": [w], "depths": [d]} for d in DEPTHS for w in WIDTHS]
+            found += [Part(self.task, stage, own, student, teacher_, texts) for own in each]
+            taught_by = found[-1]
         return found
 
 
@@ -408,9 +418,8 @@ class Session:
     def _train(self, part: Part, folder: Path) -> None:
         assert part.student is not None
         loss = part.settings["distillation"]
-        stage = dataclasses.replace(
-            stages()[part.stage], recipe=None if loss is None else Distillation(**loss)
-        )
+        of_grid = stages(*_grid_of(part))[part.stage]
+        stage = dataclasses.replace(of_grid, recipe=None if loss is None else Distillation(**loss))
         run_stage(
             stage,
             load_model(self.work / part.student.folder),
@@ -429,12 +438,13 @@ class Session:
         made = {part.stage: part for part in parts}
         teacher, model = self._load(made["finetune"]), self._load(parts[-1])
         cells = grid(model.config, WIDTHS, DEPTHS)
+        last = [p for p in parts if (p.task, p.stage) == (self.task, parts[-1].stage)]
         record: dict[str, Any] = {
             "recipe": run.recipe,
             "seed": run.seed,
             "weights": parts[-1].folder,
             "teacher": next(iter(self._scores(teacher, cells[:1]).values())),
-            "cells": self._scores(model, cells),
+            "cells": {name: x for part in last for name, x in self._cells(part).items()},
         }
         if run.recipe == MAIN:
             sorted_, widths = self._load(made["rewire"]), self._load(made["width"])
@@ -445,11 +455,14 @@ class Session:
             }
         seconds = self._seconds()
         names = [self._name(part) for part in parts]
-        record["seconds"] = {
-            name: round(seconds[part.folder], 1) for name, part in zip(names, parts, strict=True)
+        spent = dict.fromkeys(names, 0.0)
+        for name, part in zip(names, parts, strict=True):
+            spent[name] = round(spent[name] + seconds[part.folder], 1)
+        record["seconds"] = spent | {"evaluate": round(time.perf_counter() - start, 1)}
+        record["settings"] = {
+            name: {k: v for k, v in part.settings.items() if k not in ("widths", "depths")}
+            for name, part in zip(names, parts, strict=True)
         }
-        record["seconds"]["evaluate"] = round(time.perf_counter() - start, 1)
-        record["settings"] = {name: part.settings for name, part in zip(names, parts, strict=True)}
         return record | {"environment": environment(model), "commit": _commit()}
 
     def _name(self, part: Part) -> str:
@@ -461,6 +474,11 @@ class Session:
         return load_model(self.work / part.folder).to(
             "cuda" if torch.cuda.is_available() else "cpu"
         )
+
+    def _cells(self, part: Part) -> dict[str, float]:
+        """The scores of what a stage trained."""
+        model = self._load(part)
+        return self._scores(model, grid(model.config, *_grid_of(part)))
 
     def _scores(self, model: Any, subnets: Sequence[Subnet]) -> dict[str, float]:
         metric = self.encoded.metric
@@ -503,6 +521,11 @@ class Session:
         known = self._seconds()
         known[folder] = known.get(folder, 0.0) + seconds
         write_aside(self.work / "seconds.json", json.dumps(known, indent=2) + "\n")
+
+
+def _grid_of(part: Part) -> tuple[Sequence[float], Sequence[float]]:
+    """The widths and depths that a stage trains."""
+    return part.settings.get("widths", WIDTHS), part.settings.get("depths", DEPTHS)
 
 
 def _options(settings: dict[str, Any]) -> TrainingOptions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import random
 import re
@@ -274,6 +275,44 @@ def test_the_sandwich_trains_four_sub_networks_a_step(command, monkeypatch):
     assert [len(subnets) for subnets in chosen][-6:] == [4] * 6
     ends = {tuple(str(subnet) for subnet in subnets[:2]) for subnets in chosen[-6:]}
     assert ends == {("w1.00-d1.00", "w0.25-d0.50")}
+
+
+def test_alone_each_sub_network_is_trained_and_judged_without_the_others(
+    command, quality, monkeypatch, tmp_path
+):
+    choose, chosen = Schedule.choose, []
+
+    def recorded(self, *args, **kwargs):
+        chosen.append(choose(self, *args, **kwargs))
+        return chosen[-1]
+
+    monkeypatch.setattr(Schedule, "choose", recorded)
+    monkeypatch.setattr(quality.Session, "_clean", lambda self, seed: None)
+    load, scores, judged = quality.Session._load, quality.Session._scores, []
+
+    def remembered(self, part):
+        model = load(self, part)
+        model.folder = part.folder
+        return model
+
+    def judge(self, model, subnets):
+        judged.append((model.folder, [str(subnet) for subnet in subnets]))
+        return scores(self, model, subnets)
+
+    monkeypatch.setattr(quality.Session, "_load", remembered)
+    monkeypatch.setattr(quality.Session, "_scores", judge)
+    (record,) = command("--seeds=1", "--recipes=alone")
+    parts = [p for p in quality.Run("trec", 1, "alone").parts(NAME) if p.stage == "depth"]
+    cells = list(record["cells"])
+    assert len(cells) == len({part.folder for part in parts}) == 12
+    assert judged[-12:] == [(part.folder, [cell]) for part, cell in zip(parts, cells, strict=True)]
+    own = [[str(subnet) for subnet in subnets] for subnets in chosen]
+    assert [key for key, _ in itertools.groupby(own)][-12:] == [[cell] for cell in cells]
+    files = [tmp_path / "work/trec" / part.folder / "model.safetensors" for part in parts]
+    assert len({file.read_bytes() for file in files}) == 12
+    assert record["seconds"]["depth"] > max(
+        json.loads((tmp_path / "work/trec/seconds.json").read_text())[part.folder] for part in parts
+    )
 
 
 @pytest.fixture

@@ -144,6 +144,7 @@ _SMALL = {
     "warmup": PACKAGE["small-batches"].warmup,
 }
 _OUTPUTS = {"depth": {"hidden_target": PACKAGE["small-batches"].hidden_target}}
+_LABELS = {"depth": {**_OUTPUTS["depth"], "labels": PACKAGE["small-batches"].labels}}
 
 MAIN = "paper"
 RECIPES: dict[str, Recipe] = {
@@ -198,12 +199,12 @@ RECIPES: dict[str, Recipe] = {
     ),
     "small-labels": Recipe(
         "`small`, and a loss on labels in stage `depth`",
-        distillation={"depth": {**_OUTPUTS["depth"], "labels": 1.0}},
+        distillation=_LABELS,
         training={"depth": _SMALL},
     ),
     "alone": Recipe(
         "`small-labels`, with stage `depth` for each sub-network alone: 12 times",
-        distillation={"depth": {**_OUTPUTS["depth"], "labels": 1.0}},
+        distillation=_LABELS,
         training={"depth": _SMALL},
         alone=True,
     ),

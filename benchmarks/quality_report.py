@@ -135,7 +135,7 @@ def _head(tasks: Sequence[Record], recipes: Mapping[str, str], main: str) -> lis
         f"Scores x 100 on development sets, {recipes[main]} unless said otherwise (its stages and "
         "losses; at another rate, for fewer epochs, and without augmented data, see each task); "
         "mean and sample standard deviation over seeds (data order, dropout, new head). "
-        "`small` is what `--recipe small-batches` trains. *Drop*: a cell's distance "
+        "`small-labels` is what `--recipe small-batches` trains. *Drop*: a cell's distance "
         "from the teacher of the same seed; below zero it is better than its teacher. The paper's "
         "drops are those of its Table 1 (BERT-base, 12 layers, augmented data); its models are "
         "larger, so compare drops, not scores, and mind that these have less to spare: the "

@@ -400,8 +400,8 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
             choices=("paper", "small-batches"),
             default="paper",
             help="training depths as published (default); or, for data with few steps an epoch, in "
-            "batches a quarter as large at twice the rate, with a tenth of warm-up and "
-            "--hidden-target output",
+            "batches a quarter as large at twice the rate, with a tenth of warm-up, "
+            "--hidden-target output and --lambda-labels 1",
         )
         group.add_argument(
             "--teacher-width",

@@ -110,7 +110,7 @@ class Recipe:
 #: batch of 8 examples still is some hundred rows of each layer.
 RECIPES = {
     "paper": Recipe(),
-    "small-batches": Recipe(steps=4, rate=2.0, warmup=0.1, hidden_target="output"),
+    "small-batches": Recipe(steps=4, rate=2.0, warmup=0.1, hidden_target="output", labels=1.0),
 }
 
 

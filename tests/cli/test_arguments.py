@@ -148,7 +148,8 @@ def test_a_recipe_changes_the_stage_of_depths_alone():
             same = dataclasses.replace(same, batch_size=8, learning_rate=4e-5, warmup=0.1)
         assert changed == same
     found = shared.stages_of(small)
-    assert found["depth"].recipe.hidden_target == "output"
+    recipe = found["depth"].recipe
+    assert (recipe.hidden_target, recipe.labels) == ("output", 1.0)
     assert found["width"] == shared.stages_of(paper)["width"]
     assert RECIPES["paper"] == Recipe()
 
@@ -156,12 +157,13 @@ def test_a_recipe_changes_the_stage_of_depths_alone():
 def test_a_recipe_is_relative_to_the_options_of_all_stages_and_yields_to_the_rest():
     args = parse(
         *"--recipe small-batches --batch-size 16 --warmup 0 --hidden-target input".split(),
-        *"--learning-rate 0.25 --gradient-accumulation 3".split(),
+        *"--learning-rate 0.25 --gradient-accumulation 3 --lambda-labels 0".split(),
     )
     options = shared.training_options(args, "depth")
     assert (options.batch_size, options.warmup, options.learning_rate) == (4, 0.0, 0.5)
     assert options.gradient_accumulation == 3
-    assert shared.stages_of(args)["depth"].recipe.hidden_target == "input"
+    recipe = shared.stages_of(args)["depth"].recipe
+    assert (recipe.hidden_target, recipe.labels) == ("input", 0.0)
     own = "--recipe small-batches --depth-learning-rate 0.125 --batch-size 64 --depth-batch-size 4"
     options = shared.training_options(parse(*own.split()), "depth")
     assert (options.learning_rate, options.batch_size) == (0.125, 4)

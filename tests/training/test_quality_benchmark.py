@@ -69,15 +69,16 @@ def test_the_recipe_of_small_batches_is_the_packages(quality):
     """What was measured is what `--recipe small-batches` trains."""
     (depth,) = (
         part.settings
-        for part in quality.Run("trec", 1, "small").parts("m")
+        for part in quality.Run("trec", 1, "small-labels").parts("m")
         if part.stage == "depth"
     )
     base = quality.TRAINING | {"seed": 1, "epochs": quality.EPOCHS["trec"]["depth"]}
     names = {field.name for field in dataclasses.fields(TrainingOptions)}
     measured = {k: v for k, v in depth["training"].items() if k in names}
     assert TrainingOptions(**measured) == RECIPES["small-batches"].training(TrainingOptions(**base))
+    recipe = RECIPES["small-batches"]
     assert Distillation(**depth["distillation"]) == Distillation(
-        hidden_target=RECIPES["small-batches"].hidden_target
+        hidden_target=recipe.hidden_target, labels=recipe.labels
     )
 
 

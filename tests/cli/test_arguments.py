@@ -70,7 +70,7 @@ def test_number_is_refused(kind, text, message):
 # --- hyper-parameters -----------------------------------------------------------------------------
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers_but_for_the_recipe():
     args = parse()
     options = shared.training_options(args, "width")
     assert (options.learning_rate, options.batch_size, options.epochs) == (2e-5, 32, 3.0)
@@ -85,7 +85,7 @@ def test_defaults_are_the_papers():
     # The fine-tuned teacher is good at full width only; that of the depths at every width.
     assert found["width"].recipe.teacher_width == "full"
     assert found["depth"].recipe.teacher_width == "same"
-    assert found["depth"].recipe.hidden_target == "input"
+    assert (found["depth"].recipe.hidden_target, found["depth"].recipe.labels) == ("output", 1.0)
     assert found["finetune"].recipe is found["final"].recipe is None
 
 
@@ -130,7 +130,7 @@ def test_a_step_is_of_examples_or_of_tokens(capsys):
 def test_a_stage_has_its_own_epochs_batches_and_rate(stage):
     args = parse(
         *("--epochs", "2", f"--{stage}-epochs", "5", f"--{stage}-learning-rate", "0.5"),
-        *("--batch-size", "7", f"--{stage}-batch-size", "3"),
+        *("--batch-size", "7", f"--{stage}-batch-size", "3", "--recipe", "paper"),
     )
     for name in shared.STAGES:
         options = shared.training_options(args, name)
@@ -139,7 +139,7 @@ def test_a_stage_has_its_own_epochs_batches_and_rate(stage):
 
 
 def test_a_recipe_changes_the_stage_of_depths_alone():
-    paper, small = parse(), parse("--recipe", "small-batches")
+    paper, small = parse("--recipe", "paper"), parse()
     for stage in shared.STAGES:
         changed = shared.training_options(small, stage)
         same = shared.training_options(paper, stage)
@@ -156,7 +156,7 @@ def test_a_recipe_changes_the_stage_of_depths_alone():
 
 def test_a_recipe_is_relative_to_the_options_of_all_stages_and_yields_to_the_rest():
     args = parse(
-        *"--recipe small-batches --batch-size 16 --warmup 0 --hidden-target input".split(),
+        *"--batch-size 16 --warmup 0 --hidden-target input".split(),
         *"--learning-rate 0.25 --gradient-accumulation 3 --lambda-labels 0".split(),
     )
     options = shared.training_options(args, "depth")
@@ -164,24 +164,21 @@ def test_a_recipe_is_relative_to_the_options_of_all_stages_and_yields_to_the_res
     assert options.gradient_accumulation == 3
     recipe = shared.stages_of(args)["depth"].recipe
     assert (recipe.hidden_target, recipe.labels) == ("input", 0.0)
-    own = "--recipe small-batches --depth-learning-rate 0.125 --batch-size 64 --depth-batch-size 4"
+    own = "--depth-learning-rate 0.125 --batch-size 64 --depth-batch-size 4"
     options = shared.training_options(parse(*own.split()), "depth")
     assert (options.learning_rate, options.batch_size) == (0.125, 4)
-    options = shared.training_options(
-        parse(*"--recipe small-batches --tokens-per-step 514".split()), "depth"
-    )
+    options = shared.training_options(parse("--tokens-per-step", "514"), "depth")
     assert options.tokens_per_step == 128
-    options = shared.training_options(
-        parse(*"--recipe small-batches --batch-size 3".split()), "depth"
-    )
+    options = shared.training_options(parse("--batch-size", "3"), "depth")
     assert options.batch_size == 1
 
 
 def test_the_command_of_one_stage_trains_as_fit_does():
     words = "train-depth student --teacher teacher --output out --task rte --data-dir data".split()
-    given = "--recipe small-batches --learning-rate 0.5".split()
-    args = build_parser().parse_args([*words, *given])
-    assert shared.training_options(args, "depth") == shared.training_options(parse(*given), "depth")
+    for given in (["--learning-rate", "0.5"], ["--recipe", "paper"]):
+        one, fit = build_parser().parse_args([*words, *given]), parse(*given)
+        assert shared.training_options(one, "depth") == shared.training_options(fit, "depth")
+        assert shared.stages_of(one)["depth"] == shared.stages_of(fit)["depth"]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +208,7 @@ def test_the_parser_knows_every_recipe():  # it does not import torch to ask
 def test_distillation_options_reach_both_stages():
     args = parse(
         *"--lambda-logits 2 --lambda-hidden 3 --teacher-width full".split(),
-        *"--hidden-target output --lambda-labels 0.5".split(),
+        *"--hidden-target input --lambda-labels 0.5".split(),
         *"--widths 1,0.5 --depths 1".split(),
     )
     found = shared.stages_of(args)
@@ -221,7 +218,7 @@ def test_distillation_options_reach_both_stages():
         assert recipe.labels == (0.5 if name == "depth" else 0.0)
         assert recipe.teacher_width == "full"
         assert (found[name].widths, found[name].depths) == ((1.0, 0.5), (1.0,))
-    assert found["depth"].recipe.hidden_target == "output"
+    assert found["depth"].recipe.hidden_target == "input"
 
 
 # --- data -----------------------------------------------------------------------------------------

@@ -326,8 +326,9 @@ def test_options_of_distillation_matter(cli, chained, sources, tmp_path):
     for command, student, teacher, stage, change in (
         ("train-width", "rewired", "teacher", "width", "--lambda-hidden 0"),
         ("train-depth", "width", "width", "depth", "--teacher-width full"),
-        ("train-depth", "width", "width", "depth", "--hidden-target output"),
-        ("train-depth", "width", "width", "depth", "--recipe small-batches"),
+        ("train-depth", "width", "width", "depth", "--hidden-target input"),
+        ("train-depth", "width", "width", "depth", "--lambda-labels 0"),
+        ("train-depth", "width", "width", "depth", "--recipe paper"),
     ):
         words = (command, chained[student], "--teacher", chained[teacher])
         training = (*sources["classes"], *STEPS, *GRID)

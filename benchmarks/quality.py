@@ -147,6 +147,7 @@ _OUTPUTS = {"depth": {"hidden_target": PACKAGE["small-batches"].hidden_target}}
 _LABELS = {"depth": {**_OUTPUTS["depth"], "labels": PACKAGE["small-batches"].labels}}
 
 MAIN = "paper"
+DEFAULT = "small-labels"  # the package's
 RECIPES: dict[str, Recipe] = {
     MAIN: Recipe("the paper's recipe"),
     "unsorted": Recipe("no rewiring", sort=False),
@@ -446,6 +447,7 @@ class Session:
             "weights": parts[-1].folder,
             "teacher": next(iter(self._scores(teacher, cells[:1]).values())),
             "cells": {name: x for part in last for name, x in self._cells(part).items()},
+            "models": len(last),
         }
         if run.recipe == MAIN:
             sorted_, widths = self._load(made["rewire"]), self._load(made["width"])
@@ -664,7 +666,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     try:
         if args.report:
-            quality_report.write(Path(args.results), {n: r.title for n, r in RECIPES.items()}, MAIN)
+            titles = {name: recipe.title for name, recipe in RECIPES.items()}
+            quality_report.write(Path(args.results), titles, MAIN, DEFAULT)
         else:
             quiet_libraries()
             run_missing(args)

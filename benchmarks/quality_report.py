@@ -61,19 +61,23 @@ NONE = "–"
 Record = Mapping[str, Any]
 
 
-def write(results: Path, recipes: Mapping[str, str], main: str, page: Path = PAGE) -> None:
+def write(
+    results: Path, recipes: Mapping[str, str], main: str, default: str, page: Path = PAGE
+) -> None:
     """Write the page.
 
     Args:
         results: Folder of `<task>.json`.
         recipes: Title of each recipe, in order.
         main: The recipe that the others are compared with.
+        default: The recipe that the package trains by.
         page: The file to write.
     """
     files = (results / f"{task}.json" for task in TITLES)
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     tasks = [task for task in found if of_recipe(task, main)]
-    write_aside(page, "\n".join([*_head(tasks, recipes, main), *_sections(tasks, recipes, main)]))
+    head = _head(tasks, recipes, main, default)
+    write_aside(page, "\n".join([*head, *_sections(tasks, recipes, main, default)]))
 
 
 def of_recipe(task: Record, recipe: str) -> list[Record]:
@@ -128,14 +132,17 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
-def _head(tasks: Sequence[Record], recipes: Mapping[str, str], main: str) -> list[str]:
+def _head(
+    tasks: Sequence[Record], recipes: Mapping[str, str], main: str, default: str
+) -> list[str]:
     lines = [
         "# Accuracy of every sub-network",
         "",
-        f"Scores x 100 on development sets, {recipes[main]} unless said otherwise (its stages and "
-        "losses; at another rate, for fewer epochs, and without augmented data, see each task); "
-        "mean and sample standard deviation over seeds (data order, dropout, new head). "
-        "`small-labels` is what `--recipe small-batches` trains. *Drop*: a cell's distance "
+        f"Scores x 100 on development sets. `{main}` is {recipes[main]} (its stages and losses; "
+        "at another rate, for fewer epochs, and without augmented data, see each task), "
+        f"`{default}` what the package does unless `--recipe paper` is given. "
+        "Mean and sample standard deviation over seeds (data order, dropout, new head). "
+        "*Drop*: a cell's distance "
         "from the teacher of the same seed; below zero it is better than its teacher. The paper's "
         "drops are those of its Table 1 (BERT-base, 12 layers, augmented data); its models are "
         "larger, so compare drops, not scores, and mind that these have less to spare: the "
@@ -157,33 +164,44 @@ def _head(tasks: Sequence[Record], recipes: Mapping[str, str], main: str) -> lis
     ]
     if not tasks:
         return [*lines, "", "Nothing was run yet.", ""]
+    shown = (default, main) if default != main else (main,)
     rows = []
     for task in tasks:
-        runs = of_recipe(task, main)
-        ours, theirs = drops(runs), paper_drops(task["task"])
-        means = {name: statistics.fmean(values) for name, values in ours.items()}
-        smaller = sum(means[name] < theirs[name] for name in theirs)
+        runs, theirs = of_recipe(task, main), paper_drops(task["task"])
+        found = {recipe: of_recipe(task, recipe) for recipe in shown}
         rows.append(
             [
                 TITLES[task["task"]],
                 METRICS[task["metric"]],
-                str(len(runs)),
+                ", ".join(str(len(found[recipe])) for recipe in shown),
                 spread([100 * run["teacher"] for run in runs]),
-                spread([statistics.fmean(d) for d in zip(*ours.values(), strict=True)]),
+                *(spread([100 * r["teacher"] - mean_cell(r) for r in found[x]]) for x in shown),
                 _number(statistics.fmean(theirs.values())) if theirs else NONE,
-                f"{smaller} of {len(theirs)}" if theirs else NONE,
+                *(_fewer(found[recipe], theirs) for recipe in shown),
             ]
         )
-    head = ["task", "metric", "seeds", "teacher", "mean drop of 12 cells", "the paper's"]
-    return [*lines, "", *_table([*head, "cells that drop less"], rows), ""]
+    by = [f"`{recipe}`" for recipe in shown]
+    head = ["task", "metric", "seeds", "teacher", *(f"mean drop by {name}" for name in by)]
+    head += ["the paper's", *(f"cells that drop less, by {name}" for name in by)]
+    return [*lines, "", *_table(head, rows), ""]
 
 
-def _sections(tasks: Sequence[Record], recipes: Mapping[str, str], main: str) -> Iterable[str]:
+def _fewer(runs: Sequence[Record], theirs: Mapping[str, float]) -> str:
+    """How many cells drop less than the paper's, on the mean."""
+    if not runs or not theirs:
+        return NONE
+    means = {name: statistics.fmean(values) for name, values in drops(runs).items()}
+    return f"{sum(means[name] < theirs[name] for name in theirs)} of {len(theirs)}"
+
+
+def _sections(
+    tasks: Sequence[Record], recipes: Mapping[str, str], main: str, default: str
+) -> Iterable[str]:
     changed = [r for r in recipes if r != main and any(of_recipe(task, r) for task in tasks)]
     if changed:
         yield from _overview(tasks, {recipe: recipes[recipe] for recipe in changed}, main)
     for task in tasks:
-        yield from _task(task, recipes, main)
+        yield from _task(task, recipes, main, default)
 
 
 def _overview(tasks: Sequence[Record], changed: Mapping[str, str], main: str) -> Iterable[str]:
@@ -200,7 +218,7 @@ def _overview(tasks: Sequence[Record], changed: Mapping[str, str], main: str) ->
     yield ""
 
 
-def _task(task: Record, recipes: Mapping[str, str], main: str) -> Iterable[str]:
+def _task(task: Record, recipes: Mapping[str, str], main: str, default: str) -> Iterable[str]:
     name, runs = task["task"], of_recipe(task, main)
     seeds = ", ".join(str(run["seed"]) for run in runs)
     yield from (f"## {TITLES[name]}", "")
@@ -209,22 +227,20 @@ def _task(task: Record, recipes: Mapping[str, str], main: str) -> Iterable[str]:
         f"{task['dev_examples']:,} development examples, {task['model']}, seeds {seeds}. "
         f"{_settings(runs[0])}"
     )
-    scores = {cell: [100 * run["cells"][cell] for run in runs] for cell in runs[0]["cells"]}
     teacher = spread([100 * run["teacher"] for run in runs])
     yield from ("", f"Teacher: {teacher}.", "")
-    yield from _grid("score: width \\ depth", lambda cell: spread(scores[cell]))
     theirs = paper_drops(name)
-    yield from ("", *_drops(runs, theirs, ""), "")
-    gains = {
+    gains = {  # a recipe that trains a model for each cell is a measure, not a choice
         recipe: gain
         for recipe in recipes
-        if recipe != main and (gain := differences(of_recipe(task, recipe), runs, mean_cell))
+        if (gain := differences(of_recipe(task, recipe), runs, mean_cell))
+        and all(run.get("models", 1) == 1 for run in of_recipe(task, recipe))
     }
-    best = max(gains, key=lambda recipe: statistics.fmean(gains[recipe]), default=main)
-    if best != main and statistics.fmean(gains[best]) > 0:
-        found = of_recipe(task, best)
-        seeds = ", ".join(str(run["seed"]) for run in found)
-        yield from (*_drops(found, theirs, f" by `{best}`, seeds {seeds}"), "")
+    best = max(gains, key=lambda recipe: statistics.fmean(gains[recipe]))
+    first = default if of_recipe(task, default) else main
+    yield from (*_scores(of_recipe(task, first), first), "")
+    for recipe in dict.fromkeys((first, main, best)):
+        yield from (*_drops(of_recipe(task, recipe), theirs, recipe), "")
     rows = [
         [
             f"`{recipe}`" if recipe != main else f"**`{recipe}`**",
@@ -247,10 +263,20 @@ def _task(task: Record, recipes: Mapping[str, str], main: str) -> Iterable[str]:
     yield from (_conditions(task), "")
 
 
-def _drops(runs: Sequence[Record], theirs: Mapping[str, float], how: str) -> list[str]:
+def _by(recipe: str, runs: Sequence[Record]) -> str:
+    return f"by `{recipe}`, seeds {', '.join(str(run['seed']) for run in runs)}"
+
+
+def _scores(runs: Sequence[Record], recipe: str) -> list[str]:
+    """Each cell's score."""
+    scores = {cell: [100 * run["cells"][cell] for run in runs] for cell in runs[0]["cells"]}
+    return _grid(f"score {_by(recipe, runs)}: width \\ depth", lambda cell: spread(scores[cell]))
+
+
+def _drops(runs: Sequence[Record], theirs: Mapping[str, float], recipe: str) -> list[str]:
     """Each cell's distance from its teacher, beside the paper's."""
     ours = drops(runs)
-    corner = f"drop{how}, here (paper)" if theirs else f"drop{how} (not in the paper)"
+    corner = f"drop {_by(recipe, runs)}{', here (paper)' if theirs else ' (not in the paper)'}"
 
     def drop(cell: str) -> str:
         own = spread(ours[cell])

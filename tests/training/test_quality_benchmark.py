@@ -477,7 +477,7 @@ def test_the_page(report, tmp_path):
         result |= {"train_examples": 2490, "dev_examples": 277}
         (tmp_path / f"{task}.json").write_text(json.dumps(result))
     page = tmp_path / "page.md"
-    report.write(tmp_path, {"paper": "main", "labels": "by labels"}, "paper", page)
+    report.write(tmp_path, {"paper": "main", "labels": "by labels"}, "paper", "paper", page)
     text = page.read_text()
     lines = text.splitlines()
     rte = lines[lines.index("## RTE") :]
@@ -496,7 +496,8 @@ def test_the_page(report, tmp_path):
     summary = "| RTE | accuracy | 2 | 62.0 ± 2.8 | 2.5 ± 1.4 |"
     assert f"{summary} {mean:.1f} | 5 of 12 |" in lines
     assert "| TREC | accuracy | 2 | 62.0 ± 2.8 | 2.5 ± 1.4 | – | – |" in lines
-    assert "drop (not in the paper): width \\ depth" in text[: text.index("## RTE")]
+    head = "drop by `paper`, seeds 1, 2 (not in the paper): width \\ depth"
+    assert head in text[: text.index("## RTE")]
     assert "| `labels` | by labels | −4.8 | −4.8 |" in lines
 
 
@@ -514,29 +515,50 @@ def test_the_page_says_how_a_teacher_was_made_that_is_not_like_the_rest(report):
     )
 
 
-def test_the_page_has_the_drops_of_the_best_recipe(report, tmp_path):
+def test_the_page_has_the_drops_of_the_default_the_papers_and_the_best_recipe(report, tmp_path):
     def run(recipe, seed, cells):
         return _record(recipe, seed, 0.62, cells, cells)
 
     # By pairs of one seed `best` gains 1 and `other` loses 1, though its only seed is the better.
     runs = [run("paper", 1, 0.5), run("paper", 2, 0.6), run("best", 1, 0.51), run("other", 2, 0.59)]
+    runs.append(run("apart", 1, 0.55) | {"models": 12})  # nobody wants twelve models
     task = {"task": "rte", "metric": "accuracy", "model": "m", "train_examples": 4}
     task |= {"dev_examples": 2, "runs": runs}
-    (tmp_path / "rte.json").write_text(json.dumps(task))
-    titles = {"paper": "main", "other": "worse", "best": "better"}
-    report.write(tmp_path, titles, "paper", tmp_path / "page.md")
-    lines = (tmp_path / "page.md").read_text().splitlines()
-    (head,) = (line for line in lines if line.startswith("| drop by "))
-    assert head.startswith("| drop by `best`, seeds 1, here (paper): width \\ depth |")
+    titles = {"paper": "main", "other": "worse", "best": "better", "apart": "twelve"}
+
+    def page(default):
+        (tmp_path / "rte.json").write_text(json.dumps(task))
+        report.write(tmp_path, titles, "paper", default, tmp_path / "page.md")
+        lines = (tmp_path / "page.md").read_text().splitlines()
+        return lines, [
+            line.split(":")[0] for line in lines if line.startswith(("| drop", "| score"))
+        ]
+
+    lines, heads = page("other")
+    assert heads == [
+        "| score by `other`, seeds 2",
+        "| drop by `other`, seeds 2, here (paper)",
+        "| drop by `paper`, seeds 1, 2, here (paper)",
+        "| drop by `best`, seeds 1, here (paper)",
+    ]
+    best = next(i for i, line in enumerate(lines) if line.startswith("| drop by `best`"))
     # 62 - 51; the paper's 71.1 - 72.2, 71.1 - 71.8 and 71.1 - 66.1
-    assert lines[lines.index(head) + 2] == "| 1 | 11.0 (−1.1) | 11.0 (−0.7) | 11.0 (5.0) |"
+    assert lines[best + 2] == "| 1 | 11.0 (−1.1) | 11.0 (−0.7) | 11.0 (5.0) |"
+    mean = sum(report.paper_drops("rte").values()) / 12
+    summary = f"| 1, 2 | 62.0 ± 0.0 | 3.0 | 7.0 ± 7.1 | {mean:.1f} | 4 of 12 | 1 of 12 |"
+    assert f"| RTE | accuracy {summary}" in lines
     task["runs"] = [runs[0], runs[1], runs[3]]
-    (tmp_path / "rte.json").write_text(json.dumps(task))
-    report.write(tmp_path, titles, "paper", tmp_path / "page.md")
-    assert "drop by" not in (tmp_path / "page.md").read_text()
+    heads = [*heads[:3]]
+    assert page("other")[1] == heads
+    lines, found = page("best")  # which was not run
+    assert found == ["| score by `paper`, seeds 1, 2", heads[2]]
+    assert (
+        f"| RTE | accuracy | 0, 2 | 62.0 ± 0.0 | – | 7.0 ± 7.1 | {mean:.1f} | – | 1 of 12 |"
+        in lines
+    )
 
 
 def test_the_page_without_results(report, tmp_path):
     (tmp_path / "rte.json").write_text(json.dumps({"task": "rte", "grids": {}}))  # the older form
-    report.write(tmp_path, {"paper": "main"}, "paper", tmp_path / "page.md")
+    report.write(tmp_path, {"paper": "main"}, "paper", "small", tmp_path / "page.md")
     assert "Nothing was run yet." in (tmp_path / "page.md").read_text()

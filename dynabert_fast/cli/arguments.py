@@ -401,7 +401,7 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
             default="small-batches",
             help="training depths in batches a quarter as large as the other stages', at twice the "
             "rate, with a tenth of warm-up, --hidden-target output and --lambda-labels 1 (default, "
-            "better on every task measured); or as published",
+            "better on the five tasks of docs/quality.md); or as published",
         )
         group.add_argument(
             "--teacher-width",

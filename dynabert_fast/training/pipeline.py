@@ -61,6 +61,9 @@ FOLDERS = {"finetune": "teacher", "width": "width", "depth": "dynabert", "final"
 class FitOptions:
     """What `fit` does beside training.
 
+    Defaults are the paper's; the command trains depths by `RECIPES["small-batches"]` unless it is
+    told otherwise.
+
     Attributes:
         stages: The four stages, see `stages.stages`.
         training: Hyper-parameters of each stage, by name.

@@ -300,10 +300,13 @@ def add_grid(parser: argparse.ArgumentParser, fitting: bool = False) -> None:
 
 
 def add_training(
-    parser: argparse.ArgumentParser, per_stage: bool = False, several: bool = True
+    parser: argparse.ArgumentParser,
+    per_stage: bool = False,
+    several: bool = True,
+    about: str = "defaults are the paper's",
 ) -> None:
     """Hyper-parameters; the defaults are the paper's. `several`: of sub-networks in a step."""
-    group = parser.add_argument_group("training", "defaults are the paper's")
+    group = parser.add_argument_group("training", about)
     size = group.add_mutually_exclusive_group()
 
     def add(
@@ -322,7 +325,7 @@ def add_training(
         "accumulated batches",
         to=size,
     )
-    add("--learning-rate", POSITIVE, 2e-5, "peak rate (default 2e-5)")
+    add("--learning-rate", POSITIVE, None, "peak rate (default 2e-5)")
     if per_stage:
         for stage in STAGES:
             add(f"--{stage}-epochs", POSITIVE, None, f"passes of stage {stage}")
@@ -336,7 +339,7 @@ def add_training(
     )
     add("--weight-decay", NOT_NEGATIVE, 0.0, "of AdamW (default 0)")
     add("--max-grad-norm", NOT_NEGATIVE, 1.0, "clip gradients at this norm (default 1; 0: do not)")
-    add("--gradient-accumulation", COUNT, 1, "batches per step (default 1)")
+    add("--gradient-accumulation", COUNT, None, "batches per step (default 1)")
     add("--eval-batch-size", COUNT, 64, "examples per batch in evaluation (default 64)")
     group.add_argument(
         "--precision",
@@ -393,15 +396,16 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
             "--lambda-labels",
             type=NOT_NEGATIVE,
             metavar="N",
-            help="training depths, weight of a loss on labels beside them (default the recipe's)",
+            help="training depths, weight of a loss on labels beside them (default 1; 0 by "
+            "--recipe paper, and with --augment, whose copies may mean something else)",
         )
         group.add_argument(
             "--recipe",
             choices=("small-batches", "paper"),
             default="small-batches",
-            help="training depths in batches a quarter as large as the other stages', at twice the "
-            "rate, with a tenth of warm-up, --hidden-target output and --lambda-labels 1 (default, "
-            "better on the five tasks of docs/quality.md); or as published",
+            help="training depths, small-batches (default): a step has a quarter of the examples "
+            "or tokens of other stages' (8 examples), at twice the rate (4e-5), with a tenth of "
+            "warm-up, --hidden-target output and --lambda-labels 1; paper: as published",
         )
         group.add_argument(
             "--teacher-width",
@@ -414,13 +418,13 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
             "--hidden-target",
             choices=("input", "output"),
             help="training depths, a hidden state learns from the teacher's input of the layer "
-            "that it goes to (paper) or from its output of the layer that it comes from (default "
-            "the recipe's)",
+            "that it goes to (paper) or from its output of the layer that it comes from (default; "
+            "input by --recipe paper)",
         )
 
 
 def training_options(args: argparse.Namespace, stage: str) -> TrainingOptions:
-    """The hyper-parameters of a stage: its own options, or those of all stages and the recipe."""
+    """The hyper-parameters of a stage: what was given for it, else what the recipe makes of all."""
     from dynabert_fast.training import RECIPES, Schedule, TrainingOptions
 
     several: dict[str, Any] = {}
@@ -431,14 +435,10 @@ def training_options(args: argparse.Namespace, stage: str) -> TrainingOptions:
         several["schedule"] = Schedule(args.schedule, Schedule.count if drawn is None else drawn)
         several["subnets_per_pass"] = args.subnets_per_pass
     options = TrainingOptions(
-        learning_rate=args.learning_rate,
-        batch_size=TrainingOptions.batch_size if args.batch_size is None else args.batch_size,
         epochs=args.epochs,
         max_steps=args.max_steps,
-        tokens_per_step=args.tokens_per_step,
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
-        gradient_accumulation=args.gradient_accumulation,
         precision=args.precision,
         eval_batch_size=args.eval_batch_size,
         save_every=args.save_every,
@@ -446,9 +446,14 @@ def training_options(args: argparse.Namespace, stage: str) -> TrainingOptions:
         seed=args.seed,
         **several,
     )
-    if stage == "depth":
-        options = RECIPES[args.recipe].training(options)
-    given = {"warmup": args.warmup}
+    steps = ("learning_rate", "batch_size", "tokens_per_step", "gradient_accumulation")
+    given = {name: getattr(args, name) for name in steps if getattr(args, name) is not None}
+    recipe = RECIPES[args.recipe if stage == "depth" else "paper"]
+    if hasattr(args, f"{stage}_epochs"):  # those given are of all stages
+        options, given = recipe.training(dataclasses.replace(options, **given)), {}
+    else:
+        options = recipe.training(options)
+    given["warmup"] = args.warmup
     for name in ("epochs", "batch_size", "learning_rate"):
         own = getattr(args, f"{stage}_{name}", None)
         if own is not None and name == "batch_size" and args.tokens_per_step is not None:
@@ -457,6 +462,8 @@ def training_options(args: argparse.Namespace, stage: str) -> TrainingOptions:
                 f"out, or --tokens-per-step {args.tokens_per_step}"
             )
         given |= {} if own is None else {name: own}
+        if own is not None and name == "batch_size":
+            given["gradient_accumulation"] = args.gradient_accumulation
     return dataclasses.replace(options, **{k: v for k, v in given.items() if v is not None})
 
 
@@ -472,7 +479,10 @@ def stages_of(args: argparse.Namespace) -> dict[str, Stage]:
     if of_depths:
         if args.hidden_target is not None and args.lambda_hidden == 0:
             raise InputError("--hidden-target has nothing to choose with --lambda-hidden 0")
-        given["depth"] |= {"labels": args.lambda_labels, "hidden_target": args.hidden_target}
+        labels = args.lambda_labels
+        if labels is None and args.augment is not None:
+            labels = 0.0  # a word that is replaced may change what a text means
+        given["depth"] |= {"labels": labels, "hidden_target": args.hidden_target}
         given["depth"]["teacher_width"] = args.teacher_width
     for name, changes in given.items():
         recipe = found[name].recipe

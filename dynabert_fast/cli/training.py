@@ -43,7 +43,12 @@ dynabert-fast fit --model bert-base-uncased --task sst2 --data-dir glue/SST-2 --
     )
     shared.add_data(parser)
     _add_augmentation(parser)
-    shared.add_training(parser, per_stage=True)
+    shared.add_training(
+        parser,
+        per_stage=True,
+        about="defaults are the paper's; training depths, --recipe takes its part of those of all "
+        "stages",
+    )
     shared.add_grid(parser)
     shared.add_distillation(parser, of_depths=True)
     shared.add_latency(parser)
@@ -112,7 +117,10 @@ dynabert-fast rewire rewired --show""",
         shared.add_data(parser)
         if stage != "final":
             _add_augmentation(parser)
-        shared.add_training(parser)
+        about = "defaults are the paper's"
+        if stage == "depth":
+            about += ", but for steps, rate and warm-up, which are --recipe's"
+        shared.add_training(parser, about=about)
         shared.add_grid(parser)
         if stage != "final":
             shared.add_distillation(parser, of_depths=stage == "depth")

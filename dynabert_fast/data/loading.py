@@ -325,8 +325,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             start = reader.line_num + 1
     except csv.Error as error:
         reason = str(error)
-        if reason.startswith("new-line character"):  # as files of old Mac programs have them
-            reason = "a carriage return ends its lines; save it with line feeds"
+        if reason.startswith("new-line character"):
+            reason = "a carriage return that ends no line: quote its field, or save with line feeds"
         raise InputError(f"{path}, line {start}: not a CSV row ({reason})") from error
 
 

@@ -61,8 +61,8 @@ FOLDERS = {"finetune": "teacher", "width": "width", "depth": "dynabert", "final"
 class FitOptions:
     """What `fit` does beside training.
 
-    Defaults are the paper's; the command trains depths by `RECIPES["small-batches"]` unless it is
-    told otherwise.
+    Defaults are the paper's. With `recipe = RECIPES["small-batches"]`, the command's default, give
+    `stages(recipe=recipe)` and, for stage `depth`, `recipe.training(TrainingOptions())`.
 
     Attributes:
         stages: The four stages, see `stages.stages`.

@@ -7,8 +7,9 @@
 | depth    | stage "width"'s model / the same, same width | whole grid   | SCE + sum of MSE      |
 | final    | stage "depth"'s model / none                 | whole grid   | labels                |
 
-Hyper-parameters are the paper's for every stage: learning rate 2e-5, batch 32, 3 epochs, linear
-decay, AdamW without weight decay, gradients clipped at 1.0.
+Hyper-parameters default to the paper's for every stage: learning rate 2e-5, batch 32, 3 epochs,
+linear decay, AdamW without weight decay, gradients clipped at 1.0. A `Recipe` may change those of
+stage `depth`, and its loss; `fit` and `train-depth` on the command line have one by default.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ class Recipe:
     """How stage `depth` is trained; all else is the paper's in every recipe.
 
     Attributes:
-        steps: Times the steps of an epoch: batches (of examples or of tokens) are so many times
-            smaller than in the other stages.
+        steps: Times the steps of an epoch: each has so many times less examples (or tokens) than
+            in the other stages. The number of `max_steps` stays.
         rate: Times the learning rate of the other stages.
         warmup: Share of the steps with a rising rate; `None` as in the other stages.
         hidden_target: See `Distillation`.
@@ -94,20 +95,28 @@ class Recipe:
     labels: float = 0.0
 
     def training(self, options: TrainingOptions) -> TrainingOptions:
-        """The options of stage `depth`, given those of the other stages."""
+        """The options of stage `depth`, given those of the other stages.
+
+        Fewer accumulated batches come before smaller ones. A step of too few examples to divide
+        is made as small as can be, at the rate of the other stages.
+        """
+        batches = -(-options.gradient_accumulation // self.steps)
+        size = options.batch_size * options.gradient_accumulation // (self.steps * batches)
         tokens = options.tokens_per_step
+        divided = size if tokens is None else tokens // self.steps
         return replace(
             options,
-            batch_size=max(1, options.batch_size // self.steps),
-            tokens_per_step=None if tokens is None else max(1, tokens // self.steps),
-            learning_rate=self.rate * options.learning_rate,
+            batch_size=max(1, size),
+            gradient_accumulation=batches,
+            tokens_per_step=None if tokens is None else max(1, divided),
+            learning_rate=options.learning_rate * (self.rate if divided else 1.0),
             warmup=options.warmup if self.warmup is None else self.warmup,
         )
 
 
-#: By name. `small-batches`, the command's default, was better on five tasks (docs/quality.md). What
-#: sub-networks of less depth lack is steps, and as all sub-networks are one pass, a batch of 8
-#: examples still is some hundred rows of each layer.
+#: By name. `small-batches`, the command's default, left sub-networks nearer to their teacher on
+#: four of five tasks, level on the largest (docs/quality.md). What those of less depth lack is
+#: steps, and as all are one pass, a batch of 8 examples still is some hundred rows of each layer.
 RECIPES = {
     "paper": Recipe(),
     "small-batches": Recipe(steps=4, rate=2.0, warmup=0.1, hidden_target="output", labels=1.0),

@@ -154,31 +154,73 @@ def test_a_recipe_changes_the_stage_of_depths_alone():
     assert RECIPES["paper"] == Recipe()
 
 
+def _depth(*words):
+    options = shared.training_options(parse(*words), "depth")
+    return options.batch_size, options.gradient_accumulation, options.learning_rate
+
+
 def test_a_recipe_is_relative_to_the_options_of_all_stages_and_yields_to_the_rest():
     args = parse(
         *"--batch-size 16 --warmup 0 --hidden-target input".split(),
-        *"--learning-rate 0.25 --gradient-accumulation 3 --lambda-labels 0".split(),
+        *"--learning-rate 0.25 --lambda-labels 0".split(),
     )
     options = shared.training_options(args, "depth")
     assert (options.batch_size, options.warmup, options.learning_rate) == (4, 0.0, 0.5)
-    assert options.gradient_accumulation == 3
     recipe = shared.stages_of(args)["depth"].recipe
     assert (recipe.hidden_target, recipe.labels) == ("input", 0.0)
     own = "--depth-learning-rate 0.125 --batch-size 64 --depth-batch-size 4"
-    options = shared.training_options(parse(*own.split()), "depth")
-    assert (options.learning_rate, options.batch_size) == (0.125, 4)
+    assert _depth(*own.split(), "--gradient-accumulation", "8") == (4, 8, 0.125)
     options = shared.training_options(parse("--tokens-per-step", "514"), "depth")
-    assert options.tokens_per_step == 128
-    options = shared.training_options(parse("--batch-size", "3"), "depth")
-    assert options.batch_size == 1
+    assert (options.tokens_per_step, options.learning_rate) == (128, 4e-5)
 
 
-def test_the_command_of_one_stage_trains_as_fit_does():
-    words = "train-depth student --teacher teacher --output out --task rte --data-dir data".split()
-    for given in (["--learning-rate", "0.5"], ["--recipe", "paper"]):
-        one, fit = build_parser().parse_args([*words, *given]), parse(*given)
+@pytest.mark.parametrize(
+    ("batch", "accumulated", "want"),
+    [
+        (32, 1, (8, 1, 4e-5)),
+        (32, 2, (16, 1, 4e-5)),
+        (16, 3, (12, 1, 4e-5)),
+        (2, 16, (2, 4, 4e-5)),
+        (8, 6, (6, 2, 4e-5)),
+        (4, 1, (1, 1, 4e-5)),
+        (3, 1, (1, 1, 2e-5)),  # cannot be divided by four
+        (1, 1, (1, 1, 2e-5)),
+    ],
+)
+def test_a_recipe_divides_accumulated_batches_before_it_divides_batches(batch, accumulated, want):
+    got = _depth("--batch-size", str(batch), "--gradient-accumulation", str(accumulated))
+    assert got == want
+
+
+def test_the_rate_of_a_step_of_tokens_that_cannot_be_divided():
+    options = shared.training_options(parse("--tokens-per-step", "3"), "depth")
+    assert (options.tokens_per_step, options.learning_rate) == (1, 2e-5)
+
+
+def parse_depth(*words):
+    given = "train-depth student --teacher teacher --output out --task rte --data-dir data".split()
+    return build_parser().parse_args([*given, *words])
+
+
+def test_the_command_of_one_stage_trains_as_fit_does_and_takes_what_is_given_as_it_is():
+    for given in ([], ["--recipe", "paper"], ["--epochs", "2"]):
+        one, fit = parse_depth(*given), parse(*given)
         assert shared.training_options(one, "depth") == shared.training_options(fit, "depth")
         assert shared.stages_of(one)["depth"] == shared.stages_of(fit)["depth"]
+    args = parse_depth(*"--learning-rate 0.5 --batch-size 32 --gradient-accumulation 2".split())
+    options = shared.training_options(args, "depth")
+    assert (options.learning_rate, options.batch_size) == (0.5, 32)
+    assert (options.gradient_accumulation, options.warmup) == (2, 0.1)
+    options = shared.training_options(parse_depth("--tokens-per-step", "64"), "depth")
+    assert (options.tokens_per_step, options.learning_rate) == (64, 4e-5)
+
+
+@pytest.mark.parametrize("of", [parse, parse_depth])
+def test_labels_of_augmented_texts_are_not_known(of):
+    augment = ("--augment", "2", "--augment-model", "m")
+    assert shared.stages_of(of(*augment))["depth"].recipe.labels == 0
+    given = of(*augment, "--lambda-labels", "0.5")
+    assert shared.stages_of(given)["depth"].recipe.labels == 0.5
 
 
 @pytest.mark.parametrize(

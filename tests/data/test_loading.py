@@ -354,7 +354,12 @@ BAD_FILES = [
         r"open.csv, line 3: not a CSV row \(unexpected end",
     ),
     ("quote.csv", 'text,label\n"a"b,x\n', r"quote.csv, line 2: not a CSV row"),
-    ("mac.csv", "text,label\ra,x\rb,y\r", r"mac.csv, line 1: .*row \(a carriage return ends its"),
+    (
+        "mac.csv",
+        "text,label\ra,x\rb,y\r",
+        r"mac.csv, line 1: .*row \(a carriage return that ends no",
+    ),
+    ("stray.csv", "text,label\na\rb,x\n", r"stray.csv, line 2: .*: quote its field, or save with"),
     ("latin.csv", b"text,label\na,x\ncaf\xe9,y\n", r"latin.csv, line 3: not UTF-8 \(byte 0xe9\)"),
     ("utf16.csv", "text,label\na,x\n".encode("utf-16"), r"utf16.csv, line 1: not UTF-8"),
     (

@@ -147,7 +147,7 @@ _OUTPUTS = {"depth": {"hidden_target": PACKAGE["small-batches"].hidden_target}}
 _LABELS = {"depth": {**_OUTPUTS["depth"], "labels": PACKAGE["small-batches"].labels}}
 
 MAIN = "paper"
-DEFAULT = "small-labels"  # the package's
+DEFAULT = "small-labels"  # of the command, at this page's rate and epochs
 RECIPES: dict[str, Recipe] = {
     MAIN: Recipe("the paper's recipe"),
     "unsorted": Recipe("no rewiring", sort=False),

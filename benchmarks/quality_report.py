@@ -140,12 +140,13 @@ def _head(
         "",
         f"Scores x 100 on development sets. `{main}` is {recipes[main]} (its stages and losses; "
         "at another rate, for fewer epochs, and without augmented data, see each task), "
-        f"`{default}` what the package does unless `--recipe paper` is given. "
+        f"`{default}` the default of `fit` and `train-depth`, `--recipe small-batches`, at the "
+        "same rate and epochs. "
         "Mean and sample standard deviation over seeds (data order, dropout, new head). "
         "*Drop*: a cell's distance "
-        "from the teacher of the same seed; below zero it is better than its teacher. The paper's "
-        "drops are those of its Table 1 (BERT-base, 12 layers, augmented data); its models are "
-        "larger, so compare drops, not scores, and mind that these have less to spare: the "
+        "from the teacher of the same seed; below zero it is better than its teacher. Published "
+        "drops are those of the paper's Table 1 (BERT-base, 12 layers, augmented data): larger "
+        "models, so compare drops, not scores, and mind that these have less to spare: the "
         "smallest cell here is 3 layers of 3 heads of size 32. TREC is not in the paper.",
         "",
         "    python benchmarks/quality.py --data-dir DATA --model MODEL --model-name NAME "
@@ -173,7 +174,7 @@ def _head(
             [
                 TITLES[task["task"]],
                 METRICS[task["metric"]],
-                ", ".join(str(len(found[recipe])) for recipe in shown),
+                " and ".join(str(len(found[recipe])) for recipe in shown),
                 spread([100 * run["teacher"] for run in runs]),
                 *(spread([100 * r["teacher"] - mean_cell(r) for r in found[x]]) for x in shown),
                 _number(statistics.fmean(theirs.values())) if theirs else NONE,
@@ -182,7 +183,7 @@ def _head(
         )
     by = [f"`{recipe}`" for recipe in shown]
     head = ["task", "metric", "seeds", "teacher", *(f"mean drop by {name}" for name in by)]
-    head += ["the paper's", *(f"cells that drop less, by {name}" for name in by)]
+    head += ["published", *(f"cells that drop less, by {name}" for name in by)]
     return [*lines, "", *_table(head, rows), ""]
 
 
@@ -256,7 +257,7 @@ def _task(task: Record, recipes: Mapping[str, str], main: str, default: str) -> 
         for recipe, title in recipes.items()
         if (found := of_recipe(task, recipe))
     ]
-    paper = f" (paper: {_number(statistics.fmean(theirs.values()))})" if theirs else ""
+    paper = f" (published: {_number(statistics.fmean(theirs.values()))})" if theirs else ""
     head = ["recipe", "", "seeds", "mean of cells", "worst cell", f"mean drop{paper}"]
     yield from _table([*head, f"mean, to `{main}`", "worst, to it", "minutes"], rows)
     yield from ("", *_baselines(runs), "")
@@ -276,7 +277,7 @@ def _scores(runs: Sequence[Record], recipe: str) -> list[str]:
 def _drops(runs: Sequence[Record], theirs: Mapping[str, float], recipe: str) -> list[str]:
     """Each cell's distance from its teacher, beside the paper's."""
     ours = drops(runs)
-    corner = f"drop {_by(recipe, runs)}{', here (paper)' if theirs else ' (not in the paper)'}"
+    corner = f"drop {_by(recipe, runs)}{', here (published)' if theirs else ' (not in the paper)'}"
 
     def drop(cell: str) -> str:
         own = spread(ours[cell])

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
-from dynabert_fast.training import RECIPES, Distillation, ElasticTrainer, TrainingOptions
+from dynabert_fast.cli.main import build_parser
+from dynabert_fast.training import RECIPES, Distillation, ElasticTrainer, stages
 from dynabert_fast.training.schedules import Schedule
 
 NAME = "encoder"  # the last part of --model
@@ -65,21 +66,34 @@ def test_first_one_seed_of_every_small_task_then_seeds_then_ablations_then_large
     assert len(set(runs)) == len(runs) == 2 * count
 
 
-def test_the_recipe_of_small_batches_is_the_packages(quality):
-    """What was measured is what `--recipe small-batches` trains."""
-    (depth,) = (
-        part.settings
-        for part in quality.Run("trec", 1, "small-labels").parts("m")
-        if part.stage == "depth"
-    )
-    base = quality.TRAINING | {"seed": 1, "epochs": quality.EPOCHS["trec"]["depth"]}
-    names = {field.name for field in dataclasses.fields(TrainingOptions)}
-    measured = {k: v for k, v in depth["training"].items() if k in names}
-    assert TrainingOptions(**measured) == RECIPES["small-batches"].training(TrainingOptions(**base))
-    recipe = RECIPES["small-batches"]
-    assert Distillation(**depth["distillation"]) == Distillation(
-        hidden_target=recipe.hidden_target, labels=recipe.labels
-    )
+def _results(quality):
+    return [json.loads(file.read_text()) for file in sorted(quality.RESULTS.glob("*.json"))]
+
+
+def test_what_the_command_does_by_default_was_measured(quality):
+    """Of every result of `DEFAULT`, in numbers, not by way of the recipes of either side."""
+    words = "train-depth student --teacher teacher --output out --task rte --data-dir data".split()
+    recipe = RECIPES[build_parser().parse_args(words).recipe]
+    tasks = set()
+    for task in _results(quality):
+        for record in task["runs"]:
+            if record["recipe"] != quality.DEFAULT:
+                continue
+            tasks.add(task["task"])
+            width, depth = (record["settings"][stage] for stage in ("width", "depth"))
+            epochs = {"epochs": depth["training"]["epochs"]}
+            options, wanted = (quality._options(x["training"]) for x in (depth, width))
+            assert options == recipe.training(dataclasses.replace(wanted, **epochs))
+            assert options.batch_size * 4 == wanted.batch_size
+            assert Distillation(**depth["distillation"]) == stages(recipe=recipe)["depth"].recipe
+            assert Distillation(**width["distillation"]) == stages(recipe=recipe)["width"].recipe
+    assert tasks == set(quality.EPOCHS)
+
+
+def test_the_page_is_that_of_the_results(quality, report, tmp_path):
+    titles = {name: recipe.title for name, recipe in quality.RECIPES.items()}
+    report.write(quality.RESULTS, titles, quality.MAIN, quality.DEFAULT, tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == report.PAGE.read_text()
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "nan", "soon"])
@@ -288,7 +302,8 @@ def test_alone_each_sub_network_is_trained_and_judged_without_the_others(
         return chosen[-1]
 
     monkeypatch.setattr(Schedule, "choose", recorded)
-    monkeypatch.setattr(quality.Session, "_clean", lambda self, seed: None)
+    clean, sessions = quality.Session._clean, []
+    monkeypatch.setattr(quality.Session, "_clean", lambda self, seed: sessions.append(self))
     load, scores, judged = quality.Session._load, quality.Session._scores, []
 
     def remembered(self, part):
@@ -314,6 +329,9 @@ def test_alone_each_sub_network_is_trained_and_judged_without_the_others(
     assert record["seconds"]["depth"] > max(
         json.loads((tmp_path / "work/trec/seconds.json").read_text())[part.folder] for part in parts
     )
+    assert record["models"] == 12
+    clean(sessions[0], 1)
+    assert not any(file.exists() for file in files)
 
 
 @pytest.fixture
@@ -537,23 +555,22 @@ def test_the_page_has_the_drops_of_the_default_the_papers_and_the_best_recipe(re
     lines, heads = page("other")
     assert heads == [
         "| score by `other`, seeds 2",
-        "| drop by `other`, seeds 2, here (paper)",
-        "| drop by `paper`, seeds 1, 2, here (paper)",
-        "| drop by `best`, seeds 1, here (paper)",
+        "| drop by `other`, seeds 2, here (published)",
+        "| drop by `paper`, seeds 1, 2, here (published)",
+        "| drop by `best`, seeds 1, here (published)",
     ]
     best = next(i for i, line in enumerate(lines) if line.startswith("| drop by `best`"))
     # 62 - 51; the paper's 71.1 - 72.2, 71.1 - 71.8 and 71.1 - 66.1
     assert lines[best + 2] == "| 1 | 11.0 (−1.1) | 11.0 (−0.7) | 11.0 (5.0) |"
     mean = sum(report.paper_drops("rte").values()) / 12
-    summary = f"| 1, 2 | 62.0 ± 0.0 | 3.0 | 7.0 ± 7.1 | {mean:.1f} | 4 of 12 | 1 of 12 |"
+    summary = f"| 1 and 2 | 62.0 ± 0.0 | 3.0 | 7.0 ± 7.1 | {mean:.1f} | 4 of 12 | 1 of 12 |"
     assert f"| RTE | accuracy {summary}" in lines
     task["runs"] = [runs[0], runs[1], runs[3]]
-    heads = [*heads[:3]]
-    assert page("other")[1] == heads
+    assert page("other")[1] == heads[:3]
     lines, found = page("best")  # which was not run
     assert found == ["| score by `paper`, seeds 1, 2", heads[2]]
     assert (
-        f"| RTE | accuracy | 0, 2 | 62.0 ± 0.0 | – | 7.0 ± 7.1 | {mean:.1f} | – | 1 of 12 |"
+        f"| RTE | accuracy | 0 and 2 | 62.0 ± 0.0 | – | 7.0 ± 7.1 | {mean:.1f} | – | 1 of 12 |"
         in lines
     )
 

@@ -21,6 +21,7 @@ from dynabert_fast.subnet import DEPTHS, WIDTHS, Subnet
 from dynabert_fast.training import (
     Distillation,
     ElasticTrainer,
+    Recipe,
     Stage,
     TrainingOptions,
     check_teacher,
@@ -55,6 +56,12 @@ TABLE = {
 def test_stages_are_those_of_the_paper(name):
     assert list(stages()) == list(TABLE)
     assert stages()[name] == TABLE[name]
+
+
+def test_a_recipe_changes_the_loss_of_depths_alone():
+    changed = Distillation(hidden_target="output", labels=0.5)
+    recipe = Recipe(hidden_target="output", labels=0.5)
+    assert stages(recipe=recipe) == {**TABLE, "depth": Stage("depth", WIDTHS, DEPTHS, changed)}
 
 
 SUBNETS = {

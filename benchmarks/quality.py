@@ -203,6 +203,12 @@ RECIPES: dict[str, Recipe] = {
         distillation=_LABELS,
         training={"depth": _SMALL},
     ),
+    "labels-longer": Recipe(
+        "`small-labels`, with stage `depth` four times as long",
+        distillation=_LABELS,
+        training={"depth": _SMALL},
+        epochs={"depth": 4.0},
+    ),
     "alone": Recipe(
         "`small-labels`, with stage `depth` for each sub-network alone: 12 times",
         distillation=_LABELS,

@@ -13,6 +13,7 @@ from dynabert_fast.training import pipeline
 
 GRID = "--widths 1,0.5 --depths 1,0.5".split()
 STEPS = "--max-steps 2 --learning-rate 1e-2 --batch-size 8".split()
+DEPTH_STEPS = "--max-steps 2 --learning-rate 2e-2 --batch-size 2".split()  # the recipe's of STEPS
 
 
 def weights(folder):
@@ -70,15 +71,14 @@ def test_only_stages_that_distil_see_more_texts(fitted, sources):
 
 def test_commands_of_one_stage_train_as_fit_does(fitted, sources, masked_lm, tmp_path):
     more, _ = fitted
-    given = [*sources["classes"], *STEPS, *GRID, "--augment", "3"]
-    given += ["--augment-model", str(masked_lm)]
-    for command, student, teacher, folder in (
-        ("train-width", "rewired", "teacher", "width"),
-        ("train-depth", "width", "width", "dynabert"),
+    given = [*sources["classes"], *GRID, "--augment", "3", "--augment-model", str(masked_lm)]
+    for command, student, teacher, folder, steps in (
+        ("train-width", "rewired", "teacher", "width", STEPS),
+        ("train-depth", "width", "width", "dynabert", DEPTH_STEPS),
     ):
         output = tmp_path / folder
         names = [str(more / student), "--teacher", str(more / teacher), "--output", str(output)]
-        assert main([command, *names, *given]) == 0
+        assert main([command, *names, *given, *steps]) == 0
         assert equal(output, more / folder)
 
 

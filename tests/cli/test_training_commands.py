@@ -17,6 +17,7 @@ from dynabert_fast.training import ElasticTrainer, pipeline
 
 GRID = "--widths 1,0.5 --depths 1,0.5".split()
 STEPS = "--max-steps 2 --learning-rate 1e-2 --batch-size 8".split()
+DEPTH_STEPS = "--max-steps 2 --learning-rate 2e-2 --batch-size 2".split()  # the recipe's of STEPS
 CELLS = ["w1.00-d1.00", "w0.50-d1.00", "w1.00-d0.50", "w0.50-d0.50"]
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -67,7 +68,7 @@ def chained(checkpoints, sources, tmp_path_factory):
         ["finetune", str(checkpoints["pretrained"]), "--output", teacher, *training],
         ["rewire", teacher, "--output", rewired, *data],
         ["train-width", rewired, "--teacher", teacher, "--output", width, *training, *GRID],
-        ["train-depth", width, "--teacher", width, "--output", depth, *training, *GRID],
+        ["train-depth", width, "--teacher", width, "--output", depth, *data, *DEPTH_STEPS, *GRID],
         ["train-final", depth, "--output", final, *training, *GRID],
     ):
         assert main(words) == 0
@@ -331,7 +332,8 @@ def test_options_of_distillation_matter(cli, chained, sources, tmp_path):
         ("train-depth", "width", "width", "depth", "--recipe paper"),
     ):
         words = (command, chained[student], "--teacher", chained[teacher])
-        training = (*sources["classes"], *STEPS, *GRID)
+        steps = DEPTH_STEPS if command == "train-depth" else STEPS
+        training = (*sources["classes"], *steps, *GRID)
         output = tmp_path / change
         result = cli(*words, "--output", output, *training, *change.split())
         assert result.code == 0, result.err

@@ -230,5 +230,6 @@ def test_fit_in_two_processes(folder, tmp_path):
     assert not list(out.glob("*.checkpoints"))
     assert done.stdout.count("report: ") == 1
     assert done.stderr.count("importance: 100%") == 1
-    for stage in ("finetune", "width", "depth"):  # 24 texts, 4 in each of two processes
-        assert done.stdout.count(f"{stage}: step 3/3, ") == 1
+    # 24 texts, 4 in each of two processes, and 1 of depths
+    for stage, steps in (("finetune", 3), ("width", 3), ("depth", 12)):
+        assert done.stdout.count(f"{stage}: step {steps}/{steps}, ") == 1

@@ -145,6 +145,8 @@ _SMALL = {
 }
 _OUTPUTS = {"depth": {"hidden_target": PACKAGE["small-batches"].hidden_target}}
 _LABELS = {"depth": {**_OUTPUTS["depth"], "labels": PACKAGE["small-batches"].labels}}
+_OF_SMALL = Recipe("", distillation=_OUTPUTS, training={"depth": _SMALL})
+_OF_LABELS = dataclasses.replace(_OF_SMALL, distillation=_LABELS)
 
 MAIN = "paper"
 DEFAULT = "small-labels"  # of the command, at this page's rate and epochs
@@ -169,50 +171,43 @@ RECIPES: dict[str, Recipe] = {
         training={"depth": {"learning_rate": 3e-4, "warmup": 0.1}},
         epochs=_both(2.0),
     ),
-    "small": Recipe(
-        "stage `depth` in batches of 8 at twice the rate, with warm-up; "
+    "small": dataclasses.replace(
+        _OF_SMALL,
+        title="stage `depth` in batches of 8 at twice the rate, with warm-up; "
         "hidden states learn from outputs",
-        distillation=_OUTPUTS,
-        training={"depth": _SMALL},
     ),
-    "small-input": Recipe(
-        "the same, but hidden states learn from inputs, as the paper's",
-        training={"depth": _SMALL},
+    "small-input": dataclasses.replace(
+        _OF_SMALL,
+        title="the same, but hidden states learn from inputs, as the paper's",
+        distillation={},
     ),
-    "small-longer": Recipe(
-        "`small`, with stage `depth` four times as long",
-        distillation=_OUTPUTS,
-        training={"depth": _SMALL},
-        epochs={"depth": 4.0},
+    "small-longer": dataclasses.replace(
+        _OF_SMALL, title="`small`, with stage `depth` four times as long", epochs={"depth": 4.0}
     ),
-    "augmented": Recipe(
-        "`small`, with 3 copies of each example in stage `depth`: as many steps as `small-longer`",
-        distillation=_OUTPUTS,
-        training={"depth": _SMALL},
+    "augmented": dataclasses.replace(
+        _OF_SMALL,
+        title="`small`, with 3 copies of each example in stage `depth`: as many steps as "
+        "`small-longer`",
         copies={"depth": 3},
     ),
-    "elastic-start": Recipe(
-        "`small`, begun with another task's students by `small-longer` instead of its teacher",
+    "elastic-start": dataclasses.replace(
+        _OF_SMALL,
+        title="`small`, begun with another task's students by `small-longer` instead of its "
+        "teacher",
         sort=False,
-        distillation=_OUTPUTS,
-        training={"depth": _SMALL},
         students="small-longer",
     ),
-    "small-labels": Recipe(
-        "`small`, and a loss on labels in stage `depth`",
-        distillation=_LABELS,
-        training={"depth": _SMALL},
+    "small-labels": dataclasses.replace(
+        _OF_LABELS, title="`small`, and a loss on labels in stage `depth`"
     ),
-    "labels-longer": Recipe(
-        "`small-labels`, with stage `depth` four times as long",
-        distillation=_LABELS,
-        training={"depth": _SMALL},
+    "labels-longer": dataclasses.replace(
+        _OF_LABELS,
+        title="`small-labels`, with stage `depth` four times as long",
         epochs={"depth": 4.0},
     ),
-    "alone": Recipe(
-        "`small-labels`, with stage `depth` for each sub-network alone: 12 times",
-        distillation=_LABELS,
-        training={"depth": _SMALL},
+    "alone": dataclasses.replace(
+        _OF_LABELS,
+        title="`small-labels`, with stage `depth` for each sub-network alone: 12 times",
         alone=True,
     ),
     "longer": Recipe("twice the epochs", epochs=_both(2.0)),
@@ -444,8 +439,8 @@ class Session:
     def _evaluate(self, run: Run, parts: list[Part]) -> dict[str, Any]:
         start = time.perf_counter()
         made = {part.stage: part for part in parts}
-        teacher, model = self._load(made["finetune"]), self._load(parts[-1])
-        cells = grid(model.config, WIDTHS, DEPTHS)
+        teacher = self._load(made["finetune"])
+        cells = grid(teacher.config, WIDTHS, DEPTHS)
         last = [p for p in parts if (p.task, p.stage) == (self.task, parts[-1].stage)]
         record: dict[str, Any] = {
             "recipe": run.recipe,
@@ -472,7 +467,7 @@ class Session:
             name: {k: v for k, v in part.settings.items() if k not in ("widths", "depths")}
             for name, part in zip(names, parts, strict=True)
         }
-        return record | {"environment": environment(model), "commit": _commit()}
+        return record | {"environment": environment(teacher), "commit": _commit()}
 
     def _name(self, part: Part) -> str:
         """In results."""

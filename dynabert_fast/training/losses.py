@@ -24,9 +24,10 @@ HiddenTarget = Literal["input", "output"]
 class Distillation:
     """Weights of the distillation loss, and what of which teacher a sub-network learns from.
 
-    The loss is `logits * SCE + hidden * sum of MSE + labels * CE`: SCE is the soft cross-entropy of
-    the logits at temperature 1 (the mean squared error of the logit in regression), the sum runs
-    over matched hidden states, CE is what a model without a teacher learns from.
+    The loss is `logits * SCE + hidden * sum of MSE + labels * CE + assistant * SCE'`: SCE is the
+    soft cross-entropy of the logits at temperature 1 (the mean squared error of the logit in
+    regression), the sum runs over matched hidden states, CE is what a model without a teacher
+    learns from, SCE' takes an assistant's logits for the teacher's.
 
     Attributes:
         logits: Weight of the logits' loss (the paper's lambda_1).
@@ -43,6 +44,10 @@ class Distillation:
             times: 0 for all alike (the paper), negative for more weight on narrow ones. Explicit
             extents count once.
         labels: Weight of the loss on labels (Hinton et al. 2015), alike for all; the paper has 0.
+        assistant: Weight of the loss on a teacher assistant's logits (Mirzadeh et al. 2020,
+            arXiv 1902.03393); the paper has 0. A sub-network's assistant is the next deeper one of
+            its width in the same step, as it is then, unless that has full depth. Sub-networks of
+            explicit extents have none.
     """
 
     logits: float = 1.0
@@ -51,15 +56,18 @@ class Distillation:
     hidden_target: HiddenTarget = "input"
     width_exponent: float = 0.0
     labels: float = 0.0
+    assistant: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse weights that train nothing."""
-        weights = (self.logits, self.hidden)
-        finite = all(0 <= w < math.inf for w in (*weights, self.labels))  # also refuses NaN
-        if not (finite and any(weights)):
+        names = ("logits", "hidden", "labels", "assistant")
+        weights = {name: getattr(self, name) for name in names}
+        finite = all(0 <= w < math.inf for w in weights.values())  # also refuses NaN
+        if not (finite and (self.logits or self.hidden)):
+            got = ", ".join(f"{name} {weight}" for name, weight in weights.items())
             raise InputError(
                 "distillation weights must be finite, at least 0 and logits and hidden not both "
-                f"0, got logits {self.logits}, hidden {self.hidden} and labels {self.labels}"
+                f"0, got {got}"
             )
         if not math.isfinite(self.width_exponent):
             raise InputError(f"width_exponent must be finite, got {self.width_exponent}")
@@ -79,6 +87,17 @@ class Distillation:
         """
         width = student.width if self.teacher_width == "same" else None
         return Subnet.from_multipliers(config, width=1.0 if width is None else width)
+
+    def assistant_of(
+        self, config: DynaBertConfig, student: Subnet, others: Sequence[Subnet]
+    ) -> Subnet | None:
+        """The student's assistant among others, see `assistant`."""
+        if not self.assistant or student.width is None:
+            return None
+        most = len(config.layer_heads)
+        alike = [s for s in others if s.width == student.width]
+        deeper = [s for s in alike if len(student.layers) < len(s.layers) < most]
+        return min(deeper, key=lambda s: len(s.layers), default=None)
 
 
 def matched_layers(student: Subnet, teacher: Subnet, target: HiddenTarget = "input") -> list[int]:
@@ -149,18 +168,29 @@ class TreeDistillation:
         recipe: The weights, and the choice of teachers.
         config: The teacher's configuration.
         tree: The students.
+        before: Sub-networks that the step has run already, as assistants.
 
     Attributes:
         teachers: The tree that the teacher runs: each of the students' teachers once.
     """
 
-    def __init__(self, recipe: Distillation, config: DynaBertConfig, tree: SubnetTree) -> None:
+    def __init__(
+        self,
+        recipe: Distillation,
+        config: DynaBertConfig,
+        tree: SubnetTree,
+        before: Sequence[Subnet] = (),
+    ) -> None:
         self.recipe = recipe
         own = [recipe.teacher_subnet(config, student) for student in tree.subnets]
         self.teachers = SubnetTree(list(dict.fromkeys(own)))
         #: Which of the teachers each student has.
         self.teacher_of = [self.teachers.subnets.index(teacher) for teacher in own]
         self._weights = [recipe.weight(student) for student in tree.subnets]
+        known = [*tree.subnets, *before]
+        assistants = [recipe.assistant_of(config, student, known) for student in tree.subnets]
+        #: Each student that has an assistant, and where among the students and those before it is.
+        self._assisted = [(i, known.index(a)) for i, a in enumerate(assistants) if a is not None]
         self._pairs = self._match(tree) if recipe.hidden else []
 
     def _match(self, tree: SubnetTree) -> list[_Pair]:
@@ -197,6 +227,7 @@ class TreeDistillation:
         teacher_logits: Tensor,
         states: Sequence[Tensor],
         targets: Sequence[Tensor],
+        before: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]:
         """The weighted losses of the logits, and those of the hidden states.
 
@@ -205,6 +236,7 @@ class TreeDistillation:
             teacher_logits: `[m, B, C]`, of `teachers`.
             states: Hidden states of the students' edges, packed.
             targets: Those of the teachers' edges.
+            before: `[B, C]`, logits of each of those before.
 
         Returns:
             Two float32 scalars (float64 for float64): sums over all students. The first is a mean
@@ -213,15 +245,13 @@ class TreeDistillation:
         wanted = teacher_logits
         if self.teacher_of != list(range(len(teacher_logits))):
             wanted = torch.stack([teacher_logits[i] for i in self.teacher_of])
-        wanted = wanted.detach()
-        compare = ops.hidden_mse if logits.shape[-1] == 1 else ops.soft_cross_entropy
-        if self.recipe.width_exponent == 0:
-            # Every student has as many examples, so the mean over all is the mean of their means.
-            of_logits = len(logits) * compare(logits.flatten(0, 1), wanted.flatten(0, 1))
-        else:
-            each = zip(self._weights, logits, wanted, strict=True)
-            of_logits = torch.stack([w * compare(own, target) for w, own, target in each]).sum()
-        of_logits = self.recipe.logits * of_logits
+        of_logits = self.recipe.logits * self._of_logits(self._weights, logits, wanted)
+        if self._assisted:
+            known = [*logits.detach(), *before]
+            own = torch.stack([logits[i] for i, _ in self._assisted])
+            aims = torch.stack([known[at] for _, at in self._assisted])
+            counts = [self._weights[i] for i, _ in self._assisted]
+            of_logits = of_logits + self.recipe.assistant * self._of_logits(counts, own, aims)
         if not self._pairs:
             return of_logits, torch.zeros_like(of_logits)
         students, teachers, weights = [], [], []
@@ -231,6 +261,16 @@ class TreeDistillation:
             teachers.append(_nodes(targets[pair.target], pair.target_first, pair.nodes, tokens))
             weights.append(float(self.recipe.hidden * pair.users * pair.nodes))
         return of_logits, ops.hidden_mse(students, teachers, weights)
+
+    def _of_logits(self, weights: Sequence[float], logits: Tensor, wanted: Tensor) -> Tensor:
+        """The weighted sum of students' losses on their logits, `[n, B, C]` both."""
+        wanted = wanted.detach()
+        compare = ops.hidden_mse if logits.shape[-1] == 1 else ops.soft_cross_entropy
+        if self.recipe.width_exponent == 0:
+            # Every student has as many examples, so the mean over all is the mean of their means.
+            return len(logits) * compare(logits.flatten(0, 1), wanted.flatten(0, 1))
+        each = zip(weights, logits, wanted, strict=True)
+        return torch.stack([w * compare(own, target) for w, own, target in each]).sum()
 
 
 def _nodes(rows: Tensor, first: int, count: int, tokens: int) -> Tensor:

@@ -86,6 +86,7 @@ class Recipe:
         warmup: Share of the steps with a rising rate; `None` as in the other stages.
         hidden_target: See `Distillation`.
         labels: See `Distillation`.
+        assistant: See `Distillation`.
     """
 
     steps: int = 1
@@ -93,6 +94,7 @@ class Recipe:
     warmup: float | None = None
     hidden_target: HiddenTarget = "input"
     labels: float = 0.0
+    assistant: float = 0.0
 
     def training(self, options: TrainingOptions) -> TrainingOptions:
         """The options of stage `depth`, given those of the other stages.
@@ -135,7 +137,9 @@ def stages(
     widths, depths = tuple(widths), tuple(depths)
     # The fine-tuned teacher was never trained to be good at less than its full width.
     every_width = Distillation(hidden=0.1, teacher_width="full")
-    of_depths = Distillation(hidden_target=recipe.hidden_target, labels=recipe.labels)
+    of_depths = Distillation(
+        hidden_target=recipe.hidden_target, labels=recipe.labels, assistant=recipe.assistant
+    )
     return {
         "finetune": Stage("finetune", (1.0,), (1.0,), None),
         "width": Stage("width", widths, (1.0,), every_width),

@@ -11,10 +11,11 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +181,10 @@ class ElasticTrainer(Trainer):
             teacher.to(self.args.device).eval().requires_grad_(False)
 
         @functools.lru_cache(maxsize=64)
-        def lesson(tree: SubnetTree) -> TreeDistillation:
+        def lesson(tree: SubnetTree, before: tuple[Subnet, ...] = ()) -> TreeDistillation:
             assert recipe is not None
             assert teacher is not None
-            return TreeDistillation(recipe, teacher.config, tree)
+            return TreeDistillation(recipe, teacher.config, tree, before)
 
         self._lesson = lesson
         self._make_passes = functools.lru_cache(maxsize=64)(_make_passes)
@@ -303,12 +304,13 @@ class ElasticTrainer(Trainer):
     ) -> tuple[Tensor, Tensor]:
         """The summed losses of a tree's sub-networks: means over examples, and over tokens.
 
-        They come from labels, or from the teacher's logits and hidden states, or from all three.
+        They come from labels, or from the teacher's logits and hidden states, or from all three,
+        and from the logits of assistants.
         """
         if self.recipe is None or self.teacher is None:
             loss = model(**inputs, subnet=tree).loss
             return loss, torch.zeros_like(loss)
-        lesson = self._lesson(tree)
+        lesson = self._lesson(tree, tuple(teaching.assistants))
         given, inputs = inputs, {name: x for name, x in inputs.items() if name != "labels"}
         arguments = {"output_hidden_states": self.recipe.hidden > 0, "unpack": False}
         if lesson.teachers.subnets != teaching.subnets:
@@ -320,8 +322,15 @@ class ElasticTrainer(Trainer):
         output = model(**(given if labels else inputs), subnet=tree, **arguments)
         taught = teaching.output
         of_logits, of_hidden = lesson(
-            output.logits, taught.logits, output.hidden_states or (), taught.hidden_states or ()
+            output.logits,
+            taught.logits,
+            output.hidden_states or (),
+            taught.hidden_states or (),
+            tuple(teaching.assistants.values()),
         )
+        if self.recipe.assistant:
+            said = zip(tree.subnets, output.logits.detach(), strict=True)
+            teaching.assistants.update(said)
         return of_logits + labels * output.loss if labels else of_logits, of_hidden
 
     def _watch_loss(self, inputs: dict[str, Any], loss: Tensor) -> None:
@@ -482,10 +491,17 @@ class ElasticTrainer(Trainer):
 
 @dataclass
 class _Teaching:
-    """What the teacher said in a step, and as which sub-networks."""
+    """What the teacher said in a step, and as which sub-networks; what earlier passes said.
+
+    Attributes:
+        subnets: The teacher's sub-networks.
+        output: What they said.
+        assistants: Logits of the students of earlier passes, where others learn from them.
+    """
 
     subnets: tuple[Subnet, ...] = ()
     output: Any = None
+    assistants: dict[Subnet, Tensor] = field(default_factory=dict)
 
 
 def _counts(inputs: dict[str, Any]) -> tuple[int, int]:
@@ -497,14 +513,15 @@ def _make_passes(subnets: tuple[Subnet, ...], most: int) -> tuple[SubnetTree, ..
     """Trees of at most so many sub-networks.
 
     Where the first layer is another nothing is shared, and buffers of the narrower would be as
-    wide as those of the wider: if they do not all fit, a pass ends there rather than later.
+    wide as those of the wider: if they do not all fit, a pass ends there rather than later. Of a
+    width the deeper come first, of which the others may learn.
     """
     if most >= len(subnets):
         return (SubnetTree(subnets),)
 
-    def path(s: Subnet) -> list[tuple[int, int, int]]:
+    def path(s: Subnet) -> list[tuple[float, int, int]]:
         steps = zip(s.layers, s.heads, s.neurons, strict=True)
-        return [(layer, -heads, -neurons) for layer, heads, neurons in steps]
+        return [*((layer, -heads, -neurons) for layer, heads, neurons in steps), (math.inf, 0, 0)]
 
     passes: list[list[Subnet]] = []
     for _, branch in itertools.groupby(sorted(subnets, key=path), lambda s: path(s)[0]):

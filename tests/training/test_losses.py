@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -129,18 +130,18 @@ NAN, INFINITE = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
-    ("logits", "hidden", "labels"),
+    ("logits", "hidden", "labels", "assistant"),
     [
-        *((0, 0, 0), (0, 0, 1)),
-        *((-1, 1, 0), (1, -0.1, 0), (1, 1, -1)),
-        *((NAN, 1, 0), (1, NAN, 0), (1, 1, NAN)),
-        *((INFINITE, 1, 0), (1, INFINITE, 0), (1, 1, INFINITE)),
+        *((0, 0, 0, 0), (0, 0, 1, 1)),
+        *((-1, 1, 0, 0), (1, -0.1, 0, 0), (1, 1, -1, 0), (1, 1, 0, -1)),
+        *((NAN, 1, 0, 0), (1, NAN, 0, 0), (1, 1, NAN, 0), (1, 1, 0, NAN)),
+        *((INFINITE, 1, 0, 0), (1, INFINITE, 0, 0), (1, 1, INFINITE, 0), (1, 1, 0, INFINITE)),
     ],
 )
-def test_bad_weights_are_refused(logits, hidden, labels):
-    message = f"got logits {logits}, hidden {hidden} and labels {labels}"
+def test_bad_weights_are_refused(logits, hidden, labels, assistant):
+    message = f"got logits {logits}, hidden {hidden}, labels {labels}, assistant {assistant}"
     with pytest.raises(InputError, match=message):
-        Distillation(logits, hidden, labels=labels)
+        Distillation(logits, hidden, labels=labels, assistant=assistant)
 
 
 def test_unknown_teacher_width_is_refused():
@@ -154,7 +155,7 @@ def test_unknown_hidden_target_is_refused():
 
 
 def test_defaults_are_those_of_the_paper():
-    assert Distillation() == Distillation(1.0, 1.0, "same", "input", 0.0, 0.0)
+    assert Distillation() == Distillation(1.0, 1.0, "same", "input", 0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("layers", [6, 12])
@@ -175,6 +176,23 @@ def test_explicit_extents_learn_from_the_full_width():
         assert Distillation(teacher_width=choice).teacher_subnet(config, student) == Subnet.full(
             config
         )
+
+
+def test_an_assistant_is_the_next_deeper_of_its_width():
+    config, recipe = config_of(12), Distillation(assistant=1.0)
+    subnets = grid(config, (1.0, 0.5), (1.0, 0.75, 0.5, 0.25))
+    others = [*subnets, Subnet.from_extents(config, range(10), [2] * 10, [20] * 10)]
+    found = {str(s): str(recipe.assistant_of(config, s, others)) for s in others}
+    assert found == {
+        **{f"w{w}-d1.00": "None" for w in ("1.00", "0.50")},
+        **{f"w{w}-d0.75": "None" for w in ("1.00", "0.50")},  # full depth is the teacher's
+        **{f"w{w}-d0.50": f"w{w}-d0.75" for w in ("1.00", "0.50")},
+        **{f"w{w}-d0.25": f"w{w}-d0.50" for w in ("1.00", "0.50")},
+        str(others[-1]): "None",
+    }
+    without = [s for s in subnets if s.depth != 0.5]
+    assert recipe.assistant_of(config, subnets[-1], without).depth == 0.75
+    assert Distillation().assistant_of(config, subnets[-1], subnets) is None
 
 
 # --- a tree of students ---------------------------------------------------------------------------
@@ -257,6 +275,29 @@ def test_a_trees_loss_is_the_sum_of_its_students(students, width, target, logits
     want = torch.autograd.grad(total, leaves, allow_unused=True)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("exponent", [0.0, -1.0])
+@pytest.mark.parametrize("classes", [1, 3], ids=["regression", "classes"])
+def test_what_assistants_add(classes, exponent):
+    """Their logits are aims and no more: of those in the tree, and of those that ran before."""
+    config, generator = config_of(4), torch.Generator().manual_seed(3)
+    recipe = Distillation(0.5, 0.0, width_exponent=exponent, assistant=2.0)
+    subnets = [Subnet.parse(config, f"w{w}-d{d}") for d in (1, 0.75, 0.5) for w in (1, 0.5)]
+    tree = SubnetTree([*subnets[:3], *subnets[4:]])
+    lesson = TreeDistillation(recipe, config, tree, subnets[3:4])
+    plain = TreeDistillation(dataclasses.replace(recipe, assistant=0.0), config, tree)
+    given = torch.randn(5, 3, classes, dtype=torch.float64, generator=generator).requires_grad_()
+    wanted = torch.randn(2, 3, classes, dtype=torch.float64, generator=generator)
+    before = torch.randn(3, classes, dtype=torch.float64, generator=generator)
+    got = lesson(given, wanted, (), (), [before])[0]
+    total = plain(given, wanted, (), ())[0]
+    # Halves learn from three quarters: of width 1 in the tree, of width 0.5 before it.
+    for own, aim, width in ((given[3], given[2].detach(), 1.0), (given[4], before, 0.5)):
+        compare = F.mse_loss(own, aim) if classes == 1 else F.cross_entropy(own, aim.softmax(-1))
+        total = total + 2.0 * width**exponent * compare
+    torch.testing.assert_close(got, total)
+    torch.testing.assert_close(*(torch.autograd.grad(x, given)[0] for x in (got, total)))
 
 
 def test_the_two_parts_are_of_the_logits_and_of_the_hidden_states():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ def plain_loop(student, teacher, subnets, batch, recipe):
     labels = batch.pop("labels")
     real = batch["attention_mask"] == 1
     total = 0.0
-    for subnet in subnets:
+    said = {}  # by (width, kept layers)
+    for subnet in sorted(subnets, key=lambda s: -len(s.layers)):
         out = student(**batch, subnet=subnet, output_hidden_states=True)
         if recipe is None:
             total = total + F.cross_entropy(out.logits, labels)
@@ -80,6 +82,16 @@ def plain_loop(student, teacher, subnets, batch, recipe):
         else:
             loss = F.cross_entropy(out.logits, aim.logits.softmax(-1))
         total = total + recipe.logits * loss
+        said[subnet.width, len(subnet.layers)] = out.logits.detach()
+        for layers in range(len(subnet.layers) + 1, student.config.num_hidden_layers):
+            if subnet.width and (subnet.width, layers) in said:
+                assistant = said[subnet.width, layers]
+                if student.config.num_labels == 1:
+                    loss = F.mse_loss(out.logits, assistant)
+                else:
+                    loss = F.cross_entropy(out.logits, assistant.softmax(-1))
+                total = total + recipe.assistant * loss
+                break
         if student.config.num_labels == 1:
             total = total + recipe.labels * F.mse_loss(out.logits[:, 0], labels)
         else:
@@ -115,6 +127,13 @@ STEPS = {
     "depth, logits only": ("depth", Distillation(1.0, 0.0), "binary", {}),
     "depth, and labels": ("depth", Distillation(0.7, 0.3, labels=0.6), "many", {}),
     "depth, and numbers": ("depth", Distillation(1.0, 0.0, labels=0.6), "regression", {}),
+    "depth, assistant": ("depth", Distillation(0.7, 0.3, assistant=0.6), "many", {}),
+    "depth, assistant of numbers": (
+        "depth",
+        Distillation(0.7, 0.3, "full", assistant=0.6),
+        "regression",
+        {},
+    ),
     "depth, regression": ("depth", None, "regression", {}),
     "depth, RoBERTa": ("depth", None, "binary", {"family": "roberta", "pad_token_id": 0}),
 }
@@ -154,7 +173,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(make_trainer, most, schedu
     options = TrainingOptions(
         batch_size=6, learning_rate=STILL, schedule=schedule, subnets_per_pass=most, **ONE_EPOCH
     )
-    recipe = Distillation(0.7, 0.3, width)
+    recipe = Distillation(0.7, 0.3, width, assistant=0.6)
     trainer = make_trainer("depth", options, recipe, "many", train=6, dtype=torch.float64)
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     subnets = schedule.choose(trainer.subnets, trainer.args.seed, 0)
@@ -211,6 +230,16 @@ def test_passes_hold_no_more_than_they_may(make_trainer, most, sizes):
     # The depths of a width have the most in common: they come together where they fit.
     widths = [subnet.width for subnet in chain(*passes)]
     assert widths == sorted(widths, reverse=True)
+
+
+def test_the_deeper_of_a_width_come_first():
+    """In passes that hold less than a width: those that come later learn from them."""
+    config = SimpleNamespace(layer_heads=[4] * 4, layer_neurons=[40] * 4)
+    depths = (0.25, 0.75, 1.0, 0.5)  # the first's layers are the beginning of all others'
+    subnets = tuple(Subnet.from_multipliers(config, w, d) for d in depths for w in (0.5, 1.0))
+    passes = [str(tree.subnets[0]) for tree in module._make_passes(subnets, 1)]
+    wanted = [f"w{w:.2f}-d{d:.2f}" for w in (1.0, 0.5) for d in (1.0, 0.75, 0.5, 0.25)]
+    assert passes == wanted
 
 
 @pytest.mark.parametrize("most", [None, 1, 4])

@@ -200,6 +200,11 @@ RECIPES: dict[str, Recipe] = {
     "small-labels": dataclasses.replace(
         _OF_LABELS, title="`small`, and a loss on labels in stage `depth`"
     ),
+    "small-assistant": dataclasses.replace(
+        _OF_LABELS,
+        title="`small-labels`, and half depths learn from three quarters' logits too",
+        distillation={"depth": {**_LABELS["depth"], "assistant": 1.0}},
+    ),
     "labels-longer": dataclasses.replace(
         _OF_LABELS,
         title="`small-labels`, with stage `depth` four times as long",

@@ -400,6 +400,13 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
             "--recipe paper, and with --augment, whose copies may mean something else)",
         )
         group.add_argument(
+            "--lambda-assistant",
+            type=NOT_NEGATIVE,
+            metavar="N",
+            help="training depths, weight of a loss on the logits of a teacher assistant, the "
+            "next deeper sub-network of the same width below full depth (default 0)",
+        )
+        group.add_argument(
             "--recipe",
             choices=("small-batches", "paper"),
             default="small-batches",
@@ -479,10 +486,18 @@ def stages_of(args: argparse.Namespace) -> dict[str, Stage]:
     if of_depths:
         if args.hidden_target is not None and args.lambda_hidden == 0:
             raise InputError("--hidden-target has nothing to choose with --lambda-hidden 0")
+        between = sum(depth < 1 for depth in args.depths) > 1 and args.schedule != "random"
+        if args.lambda_assistant and not between:
+            raise InputError(
+                "--lambda-assistant needs two depths below 1, of which one learns from the other, "
+                f"and --schedule grid or sandwich; got --depths "
+                f"{','.join(map(str, args.depths))} and --schedule {args.schedule}"
+            )
         labels = args.lambda_labels
         if labels is None and args.augment is not None:
             labels = 0.0  # a word that is replaced may change what a text means
         given["depth"] |= {"labels": labels, "hidden_target": args.hidden_target}
+        given["depth"]["assistant"] = args.lambda_assistant
         given["depth"]["teacher_width"] = args.teacher_width
     for name, changes in given.items():
         recipe = found[name].recipe

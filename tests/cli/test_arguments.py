@@ -240,6 +240,13 @@ def test_a_target_of_no_loss():
         shared.stages_of(parse(*"--lambda-hidden 0 --hidden-target output".split()))
 
 
+@pytest.mark.parametrize("words", ["--depths 1,0.5", "--schedule random"])
+def test_an_assistant_of_nobody(words):
+    with pytest.raises(InputError, match="--lambda-assistant needs two depths below 1"):
+        shared.stages_of(parse("--lambda-assistant", "1", *words.split()))
+    assert shared.stages_of(parse("--lambda-assistant", "0", *words.split()))
+
+
 def test_the_parser_knows_every_recipe():  # it does not import torch to ask
     for recipe in RECIPES:
         assert parse("--recipe", recipe).recipe == recipe
@@ -250,16 +257,18 @@ def test_the_parser_knows_every_recipe():  # it does not import torch to ask
 def test_distillation_options_reach_both_stages():
     args = parse(
         *"--lambda-logits 2 --lambda-hidden 3 --teacher-width full".split(),
-        *"--hidden-target input --lambda-labels 0.5".split(),
-        *"--widths 1,0.5 --depths 1".split(),
+        *"--hidden-target input --lambda-labels 0.5 --lambda-assistant 0.25".split(),
+        *"--widths 1,0.5 --depths 1,0.75,0.5".split(),
     )
     found = shared.stages_of(args)
     for name in ("width", "depth"):
         recipe = found[name].recipe
         assert (recipe.logits, recipe.hidden) == (2.0, 3.0)
         assert recipe.labels == (0.5 if name == "depth" else 0.0)
+        assert recipe.assistant == (0.25 if name == "depth" else 0.0)
         assert recipe.teacher_width == "full"
-        assert (found[name].widths, found[name].depths) == ((1.0, 0.5), (1.0,))
+        assert found[name].widths == (1.0, 0.5)
+    assert found["depth"].depths == (1.0, 0.75, 0.5)
     assert found["depth"].recipe.hidden_target == "input"
 
 

@@ -404,7 +404,7 @@ def add_distillation(parser: argparse.ArgumentParser, of_depths: bool) -> None:
             type=NOT_NEGATIVE,
             metavar="N",
             help="training depths, weight of a loss on the logits of a teacher assistant, the "
-            "next deeper sub-network of the same width below full depth (default 0)",
+            "next deeper sub-network of the same width and step below depth 1 (default 0)",
         )
         group.add_argument(
             "--recipe",
@@ -486,13 +486,6 @@ def stages_of(args: argparse.Namespace) -> dict[str, Stage]:
     if of_depths:
         if args.hidden_target is not None and args.lambda_hidden == 0:
             raise InputError("--hidden-target has nothing to choose with --lambda-hidden 0")
-        between = sum(depth < 1 for depth in args.depths) > 1 and args.schedule != "random"
-        if args.lambda_assistant and not between:
-            raise InputError(
-                "--lambda-assistant needs two depths below 1, of which one learns from the other, "
-                f"and --schedule grid or sandwich; got --depths "
-                f"{','.join(map(str, args.depths))} and --schedule {args.schedule}"
-            )
         labels = args.lambda_labels
         if labels is None and args.augment is not None:
             labels = 0.0  # a word that is replaced may change what a text means

@@ -243,7 +243,6 @@ def _show(checkpoint: str | Path) -> None:
 
 def _train(stage: str, args: argparse.Namespace) -> None:
     shared.quiet_libraries()
-    from dynabert_fast.subnet import grid
     from dynabert_fast.training import check_teacher, run_stage, stages
     from dynabert_fast.training.pipeline import (
         augmented,
@@ -263,7 +262,7 @@ def _train(stage: str, args: argparse.Namespace) -> None:
     found = (shared.stages_of(args) if distils else stages(args.widths, args.depths))[stage]
     options = shared.training_options(args, stage)
     config = load_config(args.checkpoint)
-    grid(config, found.widths, found.depths)
+    found.check(config, options.schedule)
     if found.recipe is not None:
         check_teacher(found.recipe, config, load_config(args.teacher))
     if shared.done_before(args):

@@ -40,14 +40,15 @@ class Distillation:
             several depths share has a target for each depth: layer 0 of 6, at depths 1 and 0.5,
             learns to be the input of layer 1 and that of layer 2. With `output` it has one,
             unless the layer is the last of one of them.
-        width_exponent: What a sub-network learns from its teacher counts `width ** width_exponent`
-            times: 0 for all alike (the paper), negative for more weight on narrow ones. Explicit
-            extents count once.
+        width_exponent: What a sub-network learns from its teacher and assistant counts
+            `width ** width_exponent` times: 0 for all alike (the paper), negative for more weight
+            on narrow ones. Explicit extents count once.
         labels: Weight of the loss on labels (Hinton et al. 2015), alike for all; the paper has 0.
         assistant: Weight of the loss on a teacher assistant's logits (Mirzadeh et al. 2020,
             arXiv 1902.03393); the paper has 0. A sub-network's assistant is the next deeper one of
-            its width in the same step, as it is then, unless that has full depth. Sub-networks of
-            explicit extents have none.
+            its width below depth 1 in the same step, as it is then. Others have none: of the
+            paper's grid, those at depths 1 and 0.75; where a step draws sub-networks, those whose
+            assistant was not drawn; sub-networks of explicit extents.
     """
 
     logits: float = 1.0
@@ -88,16 +89,13 @@ class Distillation:
         width = student.width if self.teacher_width == "same" else None
         return Subnet.from_multipliers(config, width=1.0 if width is None else width)
 
-    def assistant_of(
-        self, config: DynaBertConfig, student: Subnet, others: Sequence[Subnet]
-    ) -> Subnet | None:
+    def assistant_of(self, student: Subnet, others: Sequence[Subnet]) -> Subnet | None:
         """The student's assistant among others, see `assistant`."""
         if not self.assistant or student.width is None:
             return None
-        most = len(config.layer_heads)
-        alike = [s for s in others if s.width == student.width]
-        deeper = [s for s in alike if len(student.layers) < len(s.layers) < most]
-        return min(deeper, key=lambda s: len(s.layers), default=None)
+        below = [s for s in others if s.width == student.width and s.depth and s.depth < 1]
+        deeper = [s for s in below if len(s.layers) > len(student.layers)]
+        return min(deeper, key=lambda s: (len(s.layers), s.layers), default=None)
 
 
 def matched_layers(student: Subnet, teacher: Subnet, target: HiddenTarget = "input") -> list[int]:
@@ -188,7 +186,7 @@ class TreeDistillation:
         self.teacher_of = [self.teachers.subnets.index(teacher) for teacher in own]
         self._weights = [recipe.weight(student) for student in tree.subnets]
         known = [*tree.subnets, *before]
-        assistants = [recipe.assistant_of(config, student, known) for student in tree.subnets]
+        assistants = [recipe.assistant_of(student, known) for student in tree.subnets]
         #: Each student that has an assistant, and where among the students and those before it is.
         self._assisted = [(i, known.index(a)) for i, a in enumerate(assistants) if a is not None]
         self._pairs = self._match(tree) if recipe.hidden else []

@@ -36,7 +36,6 @@ from dynabert_fast.evaluation.grid import write_aside
 from dynabert_fast.files import checkpoints_folder, new_folder, new_whole_folder, whole_folder
 from dynabert_fast.models import DynaBertConfig, DynaBertForSequenceClassification
 from dynabert_fast.rewiring import Accumulation, measure_importance, rewire
-from dynabert_fast.subnet import grid
 from dynabert_fast.training.settings import refuse_others
 from dynabert_fast.training.stages import (
     Stage,
@@ -232,8 +231,9 @@ def check_options(config: DynaBertConfig, options: FitOptions) -> None:
     """Refuse options that do not fit a model, before any work is done.
 
     Raises:
-        InputError: A multiplier keeps no head or layer, a length is beyond the model's,
-            augmentation has no masked language model, or a value is none of its option's.
+        InputError: A multiplier keeps no head or layer, nobody has an assistant, a length is beyond
+            the model's, augmentation has no masked language model, or a value is none of its
+            option's.
     """
     if options.rewiring not in (None, *get_args(Accumulation)):
         allowed = ", ".join(map(repr, get_args(Accumulation)))
@@ -243,8 +243,8 @@ def check_options(config: DynaBertConfig, options: FitOptions) -> None:
             raise InputError(f"{name} must be at least 1, got {getattr(options, name)}")
     if options.augmentation is not None and not options.masked_lm:
         raise InputError("augmentation needs a masked language model: name its folder or hub id")
-    for stage in options.stages.values():
-        grid(config, stage.widths, stage.depths)
+    for name, stage in options.stages.items():
+        stage.check(config, options.training[name].schedule)
     check_length("max_length", options.max_length, config)
     check_length("latency_length", options.latency_length, config)
 

@@ -74,6 +74,27 @@ class Stage:
         """Its sub-networks in training order: depth outer, width inner, descending."""
         return grid(model.config, self.widths, self.depths)
 
+    def check(self, config: DynaBertConfig, schedule: Schedule) -> None:
+        """Refuse what a model or a schedule does not have.
+
+        Raises:
+            InputError: A multiplier keeps no head or layer, or no sub-network has an assistant and
+                the recipe gives it weight.
+        """
+        subnets = grid(config, self.widths, self.depths)
+        if self.recipe is None or not self.recipe.assistant:
+            return
+        ends = schedule.kind == "random" or (schedule.kind == "sandwich" and not schedule.count)
+        others = () if ends else subnets
+        if not any(self.recipe.assistant_of(s, others) for s in subnets):
+            drawn = "" if schedule.kind == "grid" else f" and schedule {schedule.kind}"
+            raise InputError(
+                "no sub-network has an assistant, a deeper one of its width below depth 1: train "
+                "at two depths below 1 or more, by schedule grid or by a sandwich that draws, or "
+                f"set the assistants' weight to 0; got depths "
+                f"{', '.join(map(str, self.depths))}{drawn}"
+            )
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -340,6 +361,7 @@ def run_stage(
         if teacher is None:
             raise InputError(f"stage {stage.name} distils: give the teacher's checkpoint")
         check_teacher(stage.recipe, model.config, teacher.config)
+    stage.check(model.config, options.schedule)
     run = checkpoints_folder(output)
     if resume and (output / "config.json").is_file():
         shutil.rmtree(run, ignore_errors=True)  # where the earlier process was killed before this

@@ -181,7 +181,7 @@ class ElasticTrainer(Trainer):
             teacher.to(self.args.device).eval().requires_grad_(False)
 
         @functools.lru_cache(maxsize=64)
-        def lesson(tree: SubnetTree, before: tuple[Subnet, ...] = ()) -> TreeDistillation:
+        def lesson(tree: SubnetTree, before: tuple[Subnet, ...]) -> TreeDistillation:
             assert recipe is not None
             assert teacher is not None
             return TreeDistillation(recipe, teacher.config, tree, before)
@@ -226,7 +226,7 @@ class ElasticTrainer(Trainer):
         found: list[StepMemory] = []
         for step in range(1 if self.schedule.kind == "grid" else _DRAWS):
             passes = self._passes(step)
-            teachers = tuple(self._lesson(t).teachers for t in passes) if self.teacher else ()
+            teachers = tuple(self._lesson(t, ()).teachers for t in passes) if self.teacher else ()
             found.append(
                 step_memory(
                     model.config,
@@ -310,7 +310,7 @@ class ElasticTrainer(Trainer):
         if self.recipe is None or self.teacher is None:
             loss = model(**inputs, subnet=tree).loss
             return loss, torch.zeros_like(loss)
-        lesson = self._lesson(tree, tuple(teaching.assistants))
+        lesson = self._lesson(tree, tuple(teaching.before))
         given, inputs = inputs, {name: x for name, x in inputs.items() if name != "labels"}
         arguments = {"output_hidden_states": self.recipe.hidden > 0, "unpack": False}
         if lesson.teachers.subnets != teaching.subnets:
@@ -326,11 +326,11 @@ class ElasticTrainer(Trainer):
             taught.logits,
             output.hidden_states or (),
             taught.hidden_states or (),
-            tuple(teaching.assistants.values()),
+            teaching.said,
         )
         if self.recipe.assistant:
-            said = zip(tree.subnets, output.logits.detach(), strict=True)
-            teaching.assistants.update(said)
+            teaching.before += tree.subnets
+            teaching.said += output.logits.detach()
         return of_logits + labels * output.loss if labels else of_logits, of_hidden
 
     def _watch_loss(self, inputs: dict[str, Any], loss: Tensor) -> None:
@@ -496,12 +496,14 @@ class _Teaching:
     Attributes:
         subnets: The teacher's sub-networks.
         output: What they said.
-        assistants: Logits of the students of earlier passes, where others learn from them.
+        before: The students of earlier passes, where others may learn from them.
+        said: The logits of each.
     """
 
     subnets: tuple[Subnet, ...] = ()
     output: Any = None
-    assistants: dict[Subnet, Tensor] = field(default_factory=dict)
+    before: list[Subnet] = field(default_factory=list)
+    said: list[Tensor] = field(default_factory=list)
 
 
 def _counts(inputs: dict[str, Any]) -> tuple[int, int]:

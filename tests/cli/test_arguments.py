@@ -240,13 +240,6 @@ def test_a_target_of_no_loss():
         shared.stages_of(parse(*"--lambda-hidden 0 --hidden-target output".split()))
 
 
-@pytest.mark.parametrize("words", ["--depths 1,0.5", "--schedule random"])
-def test_an_assistant_of_nobody(words):
-    with pytest.raises(InputError, match="--lambda-assistant needs two depths below 1"):
-        shared.stages_of(parse("--lambda-assistant", "1", *words.split()))
-    assert shared.stages_of(parse("--lambda-assistant", "0", *words.split()))
-
-
 def test_the_parser_knows_every_recipe():  # it does not import torch to ask
     for recipe in RECIPES:
         assert parse("--recipe", recipe).recipe == recipe

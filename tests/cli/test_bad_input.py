@@ -394,6 +394,7 @@ def test_latency(fails, program, command, message):
     ("words", "--augment-model none", "--augment-model needs --augment"),
     ("drawn", "--drawn-subnets 2", "--drawn-subnets needs --schedule"),
     ("target", "--lambda-hidden 0 --hidden-target output", "--hidden-target has nothing to choose"),
+    ("assistant", "--lambda-assistant 1 --depths 1,0.5", "no sub-network has an assistant"),
 )
 def test_options_that_nothing_reads(fails, command, message):
     assert message in fails(f"fit --model {{pretrained}} {UNREAD} --output {{out}} {command}")
@@ -409,6 +410,7 @@ def test_options_that_nothing_reads(fails, command, message):
     ("negative loss", "{classifier} --lambda-hidden -1", "--lambda-hidden: must be at least 0"),
     ("a width of its own", "{classifier} --teacher-width full", "unrecognized arguments"),
     ("labels too", "{classifier} --lambda-labels 1", "unrecognized arguments: --lambda-labels"),
+    ("assistant", "{classifier} --lambda-assistant 1", "unrecognized arguments: --lambda-assist"),
 )
 def test_student_and_teacher(fails, command, message):
     program = f"train-width {{classifier}} {UNREAD} --output {{out}} --teacher"

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dynabert_fast.cli.main import leave_processes
 from dynabert_fast.data import load_files
-from dynabert_fast.training import ElasticTrainer, TrainingOptions, run_stage, stages
+from dynabert_fast.training import ElasticTrainer, Recipe, TrainingOptions, run_stage, stages
 from dynabert_fast.training.pipeline import load_model, load_tokenizer, stage_data
 
 # 24 texts, 8 a step in all processes: three steps an epoch. In "tokens" they have 2 to 9 words, and
@@ -44,7 +44,7 @@ def train(
         student = type(student)(student.config).double()
         student.load_state_dict(load_model(folder / "student").double().state_dict())
     run_stage(
-        stages(widths=(1.0, 0.5), depths=(1.0, 0.5))["depth"],
+        stages((1.0, 0.5), (1.0, 0.75, 0.5), Recipe(assistant=0.5))["depth"],
         student,
         stage_data(data, load_tokenizer(folder / "student"), 16),
         output,
@@ -163,7 +163,7 @@ def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path, name):
 def test_gradients_are_exchanged_once_a_step(seen):
     for process in seen:
         assert process["plain"][1] == [True] * 6
-        assert process["passes"][1] == [False, True] * 6
+        assert process["passes"][1] == [False, False, False, True] * 6
         # The epoch's third batch makes a step of its own.
         assert process["accumulation"][1] == [False, True, True] * 2
 

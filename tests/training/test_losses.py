@@ -182,7 +182,7 @@ def test_an_assistant_is_the_next_deeper_of_its_width():
     config, recipe = config_of(12), Distillation(assistant=1.0)
     subnets = grid(config, (1.0, 0.5), (1.0, 0.75, 0.5, 0.25))
     others = [*subnets, Subnet.from_extents(config, range(10), [2] * 10, [20] * 10)]
-    found = {str(s): str(recipe.assistant_of(config, s, others)) for s in others}
+    found = {str(s): str(recipe.assistant_of(s, others)) for s in others}
     assert found == {
         **{f"w{w}-d1.00": "None" for w in ("1.00", "0.50")},
         **{f"w{w}-d0.75": "None" for w in ("1.00", "0.50")},  # full depth is the teacher's
@@ -191,8 +191,8 @@ def test_an_assistant_is_the_next_deeper_of_its_width():
         str(others[-1]): "None",
     }
     without = [s for s in subnets if s.depth != 0.5]
-    assert recipe.assistant_of(config, subnets[-1], without).depth == 0.75
-    assert Distillation().assistant_of(config, subnets[-1], subnets) is None
+    assert recipe.assistant_of(subnets[-1], without).depth == 0.75
+    assert Distillation().assistant_of(subnets[-1], subnets) is None
 
 
 # --- a tree of students ---------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from dynabert_fast.training import (
     Distillation,
     ElasticTrainer,
     Recipe,
+    Schedule,
     Stage,
     TrainingOptions,
     check_teacher,
@@ -59,8 +60,8 @@ def test_stages_are_those_of_the_paper(name):
 
 
 def test_a_recipe_changes_the_loss_of_depths_alone():
-    changed = Distillation(hidden_target="output", labels=0.5)
-    recipe = Recipe(hidden_target="output", labels=0.5)
+    changed = Distillation(hidden_target="output", labels=0.5, assistant=0.25)
+    recipe = Recipe(hidden_target="output", labels=0.5, assistant=0.25)
     assert stages(recipe=recipe) == {**TABLE, "depth": Stage("depth", WIDTHS, DEPTHS, changed)}
 
 
@@ -80,6 +81,26 @@ SUBNETS["final"] = SUBNETS["depth"]
 def test_subnets_of_a_stage(make_student, name):
     found = stages()[name].subnets(make_student())
     assert [str(s) for s in found] == [f"w{s.replace('-', '-d')}" for s in SUBNETS[name].split()]
+
+
+@pytest.mark.parametrize(
+    ("depths", "schedule"),
+    [
+        ((1.0, 0.5), Schedule()),
+        ((0.5, 0.5), Schedule()),
+        ((1.0, 0.75, 0.7, 1.0), Schedule()),  # as many layers
+        ((1.0, 0.75, 0.5), Schedule("random")),
+        ((1.0, 0.75, 0.5), Schedule("sandwich", 0)),
+    ],
+)
+def test_assistants_that_nobody_has(make_student, depths, schedule):
+    config = make_student().config
+    stage = stages(depths=depths, recipe=Recipe(assistant=1.0))["depth"]
+    with pytest.raises(InputError, match="no sub-network has an assistant"):
+        stage.check(config, schedule)
+    stages(depths=depths)["depth"].check(config, schedule)
+    for fits in (Schedule(), Schedule("sandwich", 1)):
+        stages(recipe=Recipe(assistant=1.0))["depth"].check(config, fits)
 
 
 def test_other_grids():

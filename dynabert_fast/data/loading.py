@@ -493,11 +493,6 @@ def _label_names(task: Task, train: _Table) -> tuple[str, ...]:
     found = set(train.labels)
     if "" in found:
         raise InputError(f"{train.at(train.labels.index(''))}: the label is empty")
-    if len(found) < 2:
-        raise InputError(
-            f"{train.source}: every label is {_show(train.labels[0])}; "
-            "classification needs two or more"
-        )
     if all(_NUMBER.fullmatch(label) for label in found):
         return tuple(sorted(found, key=lambda label: (float(label), label)))
     return tuple(sorted(found))

@@ -299,9 +299,17 @@ def augmented(
 
 
 def head_changes(data: TaskData) -> dict[str, Any]:
-    """The configuration fields of a classification head for this task."""
+    """The configuration fields of a classification head for this task.
+
+    Raises:
+        InputError: All training examples are of one class.
+    """
     if data.task.regression:
         return {"num_labels": 1, "problem_type": "regression"}
+    if len(data.label_names) < 2:
+        raise InputError(
+            f"every label is {data.label_names[0]!r}; classification needs two or more"
+        )
     names = dict(enumerate(data.label_names))
     return {
         "id2label": names,

@@ -126,6 +126,17 @@ def test_a_development_file_is_enough(evaluate, checkpoints, sources):
     assert {k: v[0] for k, v in alone.items()} == {k: v[0] for k, v in both.items()}
 
 
+def test_a_development_file_of_one_class(evaluate, checkpoints, make_tokenizer, data, tmp_path):
+    """What a checkpoint makes of it is a fair question, though nothing can be trained on it."""
+    header, *lines = (data / "dev.csv").read_text().splitlines()
+    file = tmp_path / "bad.csv"
+    file.write_text("\n".join([header, *(line for line in lines if line.endswith(",bad"))]))
+    options = ("--dev-file", file, *"--text-column text --label-column label".split())
+    folder = checkpoints["classifier"]
+    found = rows(evaluate(folder, *options, "--max-length", "16", *GRID))
+    assert found["w1.00-d1.00"][0] == f"{accuracy(folder, make_tokenizer(), file):.1f}"
+
+
 def test_explicit_subnets(evaluate, checkpoints, sources):
     names = ["l0+2-h4+1-n40+3", "w0.50-d0.50", "l3-h2-n13"]
     options = (*sources["dev only"], "--subnets", ", ".join(names))

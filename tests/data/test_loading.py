@@ -368,7 +368,6 @@ BAD_FILES = [
         r"unknown suffix '.txt': give a file in .csv, .tsv, .jsonl",
     ),
     ("suffix", "text,label\na,x\n", r"unknown suffix ''"),
-    ("one.csv", "text,label\na,x\nb,x\n", r"every label is 'x'; classification needs two or more"),
     ("label.csv", "text,label\na,x\nb,\n", r"label.csv, line 3: the label is empty"),
     (
         "cut.jsonl",

@@ -146,6 +146,9 @@ def test_head_changes(make_task):
         "problem_type": "single_label_classification",
     }
     assert head_changes(make_task("regression")) == {"num_labels": 1, "problem_type": "regression"}
+    one = dataclasses.replace(make_task("pair"), label_names=("same",))
+    with pytest.raises(InputError, match="every label is 'same'; classification needs two or more"):
+        head_changes(one)
 
 
 def test_each_stage_starts_from_the_one_before(fitted, make_data):

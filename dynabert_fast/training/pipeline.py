@@ -244,7 +244,7 @@ def check_options(config: DynaBertConfig, options: FitOptions) -> None:
     if options.augmentation is not None and not options.masked_lm:
         raise InputError("augmentation needs a masked language model: name its folder or hub id")
     for name, stage in options.stages.items():
-        stage.check(config, options.training[name].schedule)
+        stage.check(config, options.training.get(name, TrainingOptions()).schedule)
     check_length("max_length", options.max_length, config)
     check_length("latency_length", options.latency_length, config)
 

@@ -337,8 +337,12 @@ def test_without_rewiring(encoder, make_task, tmp_path, kind):
         assert config.problem_type == "regression"
 
 
-def test_stages_have_options_of_their_own(encoder, make_task, tmp_path, monkeypatch):
-    """Which stage trains what, with which student, teacher and hyper-parameters."""
+@pytest.mark.parametrize("final", [True, False])
+def test_stages_have_options_of_their_own(encoder, make_task, tmp_path, monkeypatch, final):
+    """Which stage trains what, with which student, teacher and hyper-parameters.
+
+    Those of a stage that does not run may be left out.
+    """
     called = []
 
     def record(stage, model, data, output, options, teacher, resume, progress):
@@ -347,16 +351,37 @@ def test_stages_have_options_of_their_own(encoder, make_task, tmp_path, monkeypa
         data.tokenizer.save_pretrained(output)
 
     monkeypatch.setattr(module, "run_stage", record)
-    chosen = options(final=True)
-    training = {name: TrainingOptions(seed=i) for i, name in enumerate(stages())}
+    chosen = options(final=final)
+    run = [name for name in stages() if final or name != "final"]
+    training = {name: TrainingOptions(seed=i) for i, name in enumerate(run)}
     chosen = dataclasses.replace(chosen, training=training)
     fit(encoder, make_task("binary"), tmp_path / "out", chosen, progress=False)
-    assert called == [
-        ("finetune", 0, False, "teacher", True),
-        ("width", 1, True, "width", True),
-        ("depth", 2, True, "dynabert", True),
-        ("final", 3, False, "final", True),
-    ]
+    assert (
+        called
+        == [
+            ("finetune", 0, False, "teacher", True),
+            ("width", 1, True, "width", True),
+            ("depth", 2, True, "dynabert", True),
+            ("final", 3, False, "final", True),
+        ][: len(run)]
+    )
+
+
+def test_assistants_that_nobody_has_are_refused_before_anything_is_trained(
+    encoder, make_task, tmp_path
+):
+    chosen = options()
+    depth = chosen.stages["depth"]  # at depths 1 and 0.5
+    recipe = dataclasses.replace(depth.recipe, assistant=1.0)
+    changed = {**chosen.stages, "depth": dataclasses.replace(depth, recipe=recipe)}
+    with pytest.raises(InputError, match=r"no sub-network has an assistant.* got depths 1.0, 0.5"):
+        fit(
+            encoder,
+            make_task("binary"),
+            tmp_path / "out",
+            dataclasses.replace(chosen, stages=changed),
+        )
+    assert names(tmp_path) == set()
 
 
 def test_the_first_stage_repeats_with_its_seed(encoder, make_task, tmp_path):

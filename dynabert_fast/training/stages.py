@@ -91,7 +91,7 @@ class Stage:
             raise InputError(
                 "no sub-network has an assistant, a deeper one of its width below depth 1: train "
                 "at two depths below 1 or more, by schedule grid or by a sandwich that draws, or "
-                f"set the assistants' weight to 0; got depths "
+                "give assistants no weight (--lambda-assistant 0, assistant=0); got depths "
                 f"{', '.join(map(str, self.depths))}{drawn}"
             )
 

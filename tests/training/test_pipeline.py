@@ -356,15 +356,13 @@ def test_stages_have_options_of_their_own(encoder, make_task, tmp_path, monkeypa
     training = {name: TrainingOptions(seed=i) for i, name in enumerate(run)}
     chosen = dataclasses.replace(chosen, training=training)
     fit(encoder, make_task("binary"), tmp_path / "out", chosen, progress=False)
-    assert (
-        called
-        == [
-            ("finetune", 0, False, "teacher", True),
-            ("width", 1, True, "width", True),
-            ("depth", 2, True, "dynabert", True),
-            ("final", 3, False, "final", True),
-        ][: len(run)]
-    )
+    wanted = [
+        ("finetune", 0, False, "teacher", True),
+        ("width", 1, True, "width", True),
+        ("depth", 2, True, "dynabert", True),
+        ("final", 3, False, "final", True),
+    ]
+    assert called == wanted[: len(run)]
 
 
 def test_assistants_that_nobody_has_are_refused_before_anything_is_trained(

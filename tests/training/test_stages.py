@@ -99,8 +99,11 @@ def test_assistants_that_nobody_has(make_student, depths, schedule):
     with pytest.raises(InputError, match="no sub-network has an assistant"):
         stage.check(config, schedule)
     stages(depths=depths)["depth"].check(config, schedule)
-    for fits in (Schedule(), Schedule("sandwich", 1)):
-        stages(recipe=Recipe(assistant=1.0))["depth"].check(config, fits)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule("sandwich", 1)])
+def test_assistants_of_the_papers_grid(make_student, schedule):
+    stages(recipe=Recipe(assistant=1.0))["depth"].check(make_student().config, schedule)
 
 
 def test_other_grids():

@@ -67,6 +67,9 @@ def plain_loop(student, teacher, subnets, batch, recipe):
     labels = batch.pop("labels")
     real = batch["attention_mask"] == 1
     total = 0.0
+    compare = F.mse_loss
+    if student.config.num_labels > 1:
+        compare = lambda own, aim: F.cross_entropy(own, aim.softmax(-1))  # noqa: E731
     said = {}  # by (width, kept layers)
     for subnet in sorted(subnets, key=lambda s: -len(s.layers)):
         out = student(**batch, subnet=subnet, output_hidden_states=True)
@@ -77,20 +80,11 @@ def plain_loop(student, teacher, subnets, batch, recipe):
         with torch.no_grad():
             of = Subnet.from_multipliers(student.config, width)
             aim = teacher(**batch, subnet=of, output_hidden_states=True)
-        if student.config.num_labels == 1:
-            loss = F.mse_loss(out.logits, aim.logits)
-        else:
-            loss = F.cross_entropy(out.logits, aim.logits.softmax(-1))
-        total = total + recipe.logits * loss
+        total = total + recipe.logits * compare(out.logits, aim.logits)
         said[subnet.width, len(subnet.layers)] = out.logits.detach()
         for layers in range(len(subnet.layers) + 1, student.config.num_hidden_layers):
             if subnet.width and (subnet.width, layers) in said:
-                assistant = said[subnet.width, layers]
-                if student.config.num_labels == 1:
-                    loss = F.mse_loss(out.logits, assistant)
-                else:
-                    loss = F.cross_entropy(out.logits, assistant.softmax(-1))
-                total = total + recipe.assistant * loss
+                total = total + recipe.assistant * compare(out.logits, said[subnet.width, layers])
                 break
         if student.config.num_labels == 1:
             total = total + recipe.labels * F.mse_loss(out.logits[:, 0], labels)
